@@ -1,0 +1,1 @@
+"""Byte streams -> protocol events -> observations, sans-IO. One error class comes out: `attack.errors.DecodeError`."""

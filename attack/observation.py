@@ -1,0 +1,111 @@
+"""The whole threat model, as two frozen values: what was seen on the wire, and what is assumed beside it.
+
+Nothing else reaches an attack. Neither value holds, or has a way to reach, the truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import Tensor
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Known(enum.IntEnum):
+    """How an element of a gradient is known."""
+
+    UNKNOWN = 0
+    """Not seen, or not provable; its value is 0 and means nothing."""
+    RAW = 1
+    """It was on the wire as it is: equal to what the rank sent, to the bit."""
+    DIFFERENCED = 2
+    """Computed from sums on the wire; within `Observation.bound` of what the rank sent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What the wire said of one rank at one step."""
+
+    rank: int
+    step: int
+    world_size: int
+    exchange: str
+    """`zeromq` or `gloo`: where it was read."""
+    gradient: Tensor
+    """float32, shape (parameters,), in `model.parameters()` order: the rank's own mean gradient, as it was sent."""
+    known: Tensor
+    """uint8, shape (parameters,): a `Known` for each element."""
+    bound: Tensor | None = None
+    """float32, shape (parameters,): largest absolute error of each differenced element; None where none is."""
+    weights: Tensor | None
+    """float32, shape (parameters,): the weights that this gradient was taken at; None where they are not known."""
+    buffers: Tensor | None = None
+    """float32, shape (buffers,): floating-point buffers, in order; None where the model has none or none was seen."""
+    shapes: Shapes
+    """Shape of each parameter, in order."""
+    defense: str | None = None
+    """The public side of the sender's defense, as the wire says it; None for a plain gradient."""
+
+    def __post_init__(self) -> None:
+        count = self.gradient.numel()
+        for name in ("gradient", "known", "bound", "weights"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (count,):
+                raise ValueError(f"observation, {name}: wanted shape ({count},), got {tuple(value.shape)}")
+
+    @property
+    def complete(self) -> bool:
+        """Whether every element of the gradient is known."""
+        return bool((self.known != Known.UNKNOWN).all())
+
+    @property
+    def known_fraction(self) -> float:
+        """Share of the gradient's elements that are known, 0 to 1."""
+        return float((self.known != Known.UNKNOWN).float().mean()) if self.known.numel() else 1.0
+
+    @property
+    def exact_fraction(self) -> float:
+        """Share of the gradient's elements that are known to the bit, 0 to 1."""
+        return float((self.known == Known.RAW).float().mean()) if self.known.numel() else 1.0
+
+    def summary(self) -> dict[str, object]:
+        """What a report prints of it: plain numbers and texts."""
+        return {
+            "rank": self.rank,
+            "step": self.step,
+            "world_size": self.world_size,
+            "exchange": self.exchange,
+            "parameters": self.gradient.numel(),
+            "known_fraction": self.known_fraction,
+            "exact_fraction": self.exact_fraction,
+            "gradient_norm": float(torch.linalg.vector_norm(self.gradient)),
+            "weights_known": self.weights is not None,
+            "defense": self.defense,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Knowledge:
+    """What the eavesdropper assumes beside the wire. Printed in every report; None means unknown."""
+
+    model: str
+    """Model specification, as `harness.models.load_model` reads it: the public architecture."""
+    loss: str = "cross_entropy"
+    """The public loss, mean over the batch."""
+    input_shape: tuple[int, ...]
+    """Shape of one input, e.g. (3, 32, 32)."""
+    input_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest value of an input element, in model input units."""
+    batch_size: int | None = None
+    """Examples in a rank's batch."""
+    labels: tuple[int, ...] | None = None
+    """The batch's labels."""
+    optimizer: str | None = None
+    """Optimizer specification, as `harness.models.load_optimizer` reads it: keeps the shadow's weights in step."""
+
+    def summary(self) -> dict[str, object]:
+        """What a report prints of it: plain numbers and texts."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,1 @@
+"""The processes and the command line: parse, connect, loop, close. No arithmetic lives here."""

@@ -1,0 +1,1 @@
+"""One small file a command of `gradtap`; importing one does nothing."""

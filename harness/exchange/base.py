@@ -47,7 +47,7 @@ class Exchange(abc.ABC):
         """The mean of all ranks' gradients at this step.
 
         Args:
-            gradient: float32, shape (parameters,), contiguous. May be overwritten by the caller as soon as this returns.
+            gradient: float32, shape (parameters,), contiguous. The caller may overwrite it as soon as this returns.
 
         Returns:
             float32, shape (parameters,), the same bits on every rank. Valid until the next call of `average`.

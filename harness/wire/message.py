@@ -62,7 +62,7 @@ class Header:
     run: bytes
     """8 random bytes, drawn by rank 0 for the run; equal in all of its messages."""
     rank: int
-    """The sender, as a rank; `SERVER_RANK` for a server process. In peers mode a shard's owner answers with its rank."""
+    """The sender; `SERVER_RANK` for a server process. Where ranks serve shards, the owner answers with its rank."""
     step: int
     """Training step, from 0."""
     at: int = 0

@@ -1,0 +1,70 @@
+"""The `gradtap` program: reads the options, runs one command, prints its result, ends 0, 1 or 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from attack.errors import TapError
+from harness.errors import ConfigError, GradtapError
+from harness.models import ModelError
+from nodes.commands.base import Command, Result
+from nodes.console import console
+
+COMMANDS = {
+    "demo": "Demo",
+    "lab": "Lab",
+    "record": "Record",
+    "inspect": "Inspect",
+    "decode": "Decode",
+    "attack": "Attack",
+    "evaluate": "Evaluate",
+    "bench": "Bench",
+}
+"""Each command is the class of that name in `nodes.commands.<command>`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 success, 1 it ran and failed, 2 wrong use."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, rest = arguments[:at], tuple(arguments[at + 1 :])
+    command = parse(arguments)
+    try:
+        if rest:
+            if not hasattr(command, "command"):
+                raise ConfigError(f"{arguments[0]}: takes no command after --; got: {' '.join(rest)}")
+            command = dataclasses.replace(command, command=rest)
+        result = command.run()
+    except (ConfigError, ModelError) as error:
+        return fail(error, code=2)
+    except (GradtapError, TapError, OSError) as error:
+        return fail(error, code=1)
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+    show(result, as_json=command.json)
+    return 0 if result.ok else 1
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments name. Exits with 2 and a helpful line where they are wrong."""
+    # Only the named command's module is imported: torch takes seconds, and --help must not.
+    chosen = [name for name in COMMANDS if arguments and arguments[0] == name] or list(COMMANDS)
+    commands = {name: getattr(importlib.import_module(f"nodes.commands.{name}"), COMMANDS[name]) for name in chosen}
+    return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))  # type: ignore[return-value]
+
+
+def show(result: Result, *, as_json: bool) -> None:
+    """Prints a command's result on standard output."""
+    print(json.dumps(result.json, allow_nan=False) if as_json else result.text, flush=True)
+
+
+def fail(error: BaseException | str, *, code: int) -> int:
+    """Prints one line about what went wrong, and returns the exit code."""
+    console.print(f"gradtap: {error}", markup=False)
+    return code

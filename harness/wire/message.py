@@ -1,7 +1,7 @@
 """One message: a msgpack header frame, then one payload frame of raw little-endian numbers (it may be empty).
 
     frame 0   msgpack map, at most MAX_HEADER_BYTES, the keys of `Header` in its order, first "gradtap": VERSION
-    frame 1   payload, exactly header.bytes long, at most MAX_PAYLOAD_BYTES
+    frame 1   payload, exactly header.size long, at most MAX_PAYLOAD_BYTES
 
 A vector is sent in chunks: `at` and `count` place the payload's elements in a flat vector of `total` elements. There
 is no checksum: TCP has one, and a CRC-32 of every chunk would cost more than the exchange itself.
@@ -75,7 +75,7 @@ class Header:
     codec: str = "dense"
     """How the elements are coded; `params` holds what a reader needs to know (the public side of a defense)."""
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
-    bytes: int = 0
+    size: int = 0
     """Length of the payload frame."""
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Header:
             ("at", 0, MAX_ELEMENTS),
             ("count", 0, MAX_PAYLOAD_BYTES),
             ("total", 0, MAX_ELEMENTS),
-            ("bytes", 0, MAX_PAYLOAD_BYTES),
+            ("size", 0, MAX_PAYLOAD_BYTES),
         ):
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:  # bool is an int, and not wanted here
@@ -105,8 +105,8 @@ class Header:
             raise WireError(f"header field params: wanted a map with text keys, got {self.params!r:.40}")
         if not all(type(value) in (bool, int, float, str) for value in self.params.values()):
             raise WireError(f"header field params: wanted plain numbers and texts, got {self.params!r:.80}")
-        if self.codec == "dense" and self.count and self.bytes != self.count * DTYPE_BYTES[self.dtype]:
-            raise WireError(f"header: {self.count} dense {self.dtype} elements in {self.bytes} bytes")
+        if self.codec == "dense" and self.count and self.size != self.count * DTYPE_BYTES[self.dtype]:
+            raise WireError(f"header: {self.count} dense {self.dtype} elements in {self.size} bytes")
 
     def pack(self) -> bytes:
         """The header frame."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import sys
@@ -37,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = parse(arguments)
     try:
         if rest:
-            if not hasattr(command, "command"):
-                raise ConfigError(f"{arguments[0]}: takes no command after --; got: {' '.join(rest)}")
-            command = dataclasses.replace(command, command=rest)
+            command = command.with_command(rest)
         result = command.run()
     except (ConfigError, ModelError) as error:
         return fail(error, code=2)
@@ -56,7 +53,7 @@ def parse(arguments: Sequence[str]) -> Command:
     # Only the named command's module is imported: torch takes seconds, and --help must not.
     chosen = [name for name in COMMANDS if arguments and arguments[0] == name] or list(COMMANDS)
     commands = {name: getattr(importlib.import_module(f"nodes.commands.{name}"), COMMANDS[name]) for name in chosen}
-    return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))  # type: ignore[return-value]
+    return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))
 
 
 def show(result: Result, *, as_json: bool) -> None:

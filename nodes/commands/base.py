@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, Self
+
+from harness.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,3 +31,7 @@ class Command(abc.ABC):
     @abc.abstractmethod
     def run(self) -> Result:
         """Does it. Raises: GradtapError, TapError or OSError, which end the program as one line."""
+
+    def with_command(self, argv: tuple[str, ...]) -> Self:
+        """The same command with what stood after `--`. Raises: ConfigError, unless the subclass takes it."""
+        raise ConfigError(f"{type(self).__name__.lower()} takes no command after --; got: {' '.join(argv)}")

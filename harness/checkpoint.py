@@ -1,0 +1,99 @@
+"""Everything that a run needs to go on to the same bits: weights, buffers and the optimizer's state.
+
+    RUN/checkpoints/step{S}.safetensors
+        model.{name}                   parameters and buffers
+        optimizer.{parameter}.{name}   tensors of the optimizer's state, by index of the parameter
+        metadata["gradtap"]            JSON: step, and the options that must be the same to go on
+
+Random draws need no state: each is derived from (seed, purpose, step). Written by rank 0, whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from harness.config import TrainConfig
+from harness.errors import CheckpointError
+
+FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "device"}
+"""Options that may change when a run goes on; all others decide its bits."""
+
+
+def save_checkpoint(
+    run: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int
+) -> Path:
+    """Writes the state after `step` steps, and returns the file."""
+    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+    folder = run / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"step{step}.safetensors"
+    fresh = file.with_suffix(".partial")
+    identity = json.dumps({"step": step, "options": _identity(config, world_size)})
+    save_file(tensors, fresh, metadata={"gradtap": identity})
+    os.replace(fresh, file)
+    return file
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The file of the latest step. Raises: CheckpointError, where there is none."""
+    found = {
+        int(match[1]): file
+        for file in (run / "checkpoints").glob("step*.safetensors")
+        if (match := re.fullmatch(r"step(\d+)\.safetensors", file.name))
+    }
+    if not found:
+        raise CheckpointError(f"{run}: no checkpoint to go on from; train with --checkpoint-every N first")
+    return found[max(found)]
+
+
+def load_checkpoint(
+    file: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int
+) -> int:
+    """Puts a saved state into `model` and `optimizer`, and returns the number of steps that it has behind it.
+
+    Raises: CheckpointError, naming the file, and the option that is not the same or what is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            identity = json.loads(opened.metadata()["gradtap"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except Exception as error:  # safetensors' own error class is not public in every version that is allowed
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    for name, value in _identity(config, world_size).items():
+        if identity["options"].get(name) != value:
+            raise CheckpointError(
+                f"{file}: was written with {name} = {identity['options'].get(name)!r}, and this run has {value!r}"
+            )
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind == "model":
+            weights[name] = tensor
+        else:
+            index, _, name = name.partition(".")
+            state.setdefault(int(index), {})[name] = tensor
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file}: does not fit the model: {error}") from error
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(identity["step"])
+
+
+def _identity(config: TrainConfig, world_size: int) -> dict[str, object]:
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    return options | {"world_size": world_size}

@@ -1,0 +1,49 @@
+"""Data sets -> batches. A data set is named as `cifar100`, `mnist:path=DIR`, `images:path=DIR,size=32x32`, ...
+
+Without a path, pictures come from packages that are installed with this one: enough to attack, and for `mnist` enough
+to train on. With a path, they come from the user's own copy in its standard format. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from harness.data import cifar, folder, idx, samples
+from harness.data.dataset import Dataset, batch_at
+from harness.errors import ConfigError, DataError
+from harness.models.spec import choose
+
+
+def _cifar(classes: int, *, path: str | None = None) -> Dataset:
+    return samples.cifar(classes=classes) if path is None else cifar.load(path, classes=classes)
+
+
+def _mnist(sample: Callable[[], Dataset], *, path: str | None = None, split: str = "train") -> Dataset:
+    return sample() if path is None else idx.load(path, split=split)
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cifar100": partial(_cifar, 100),
+    "cifar10": partial(_cifar, 10),
+    "mnist": partial(_mnist, samples.mnist),
+    "fashion-mnist": partial(_mnist, samples.fashion_mnist),
+    "faces": samples.faces,
+    "photos": samples.photos,
+    "images": folder.load,
+}
+
+
+def load_data(spec: str) -> Dataset:
+    """The data set that `spec` names. Raises: ConfigError (no such set), DataError (missing or damaged files)."""
+    try:
+        load, options = choose("data set", spec, DATASETS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        return load(**options)
+    except TypeError as error:
+        raise ConfigError(f"data set {spec!r}: {error}") from error
+
+
+__all__ = ["DATASETS", "DataError", "Dataset", "batch_at", "load_data"]

@@ -1,0 +1,192 @@
+"""One rank's training: batch -> gradient -> exchange -> update, step after step. Knows no socket and no listener."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from harness.config import TrainConfig
+from harness.data import Dataset, batch_at, load_data
+from harness.errors import ConfigError
+from harness.exchange.base import Exchange
+from harness.gradients import mean_gradient
+from harness.models import LOSSES, MODELS, load_model, load_optimizer
+from harness.models.spec import parse_spec
+from harness.runlog import RunLog
+from harness.seeding import derive
+from harness.types import Batch, Gradients
+
+
+def resolve_model(spec: str, data: Dataset) -> str:
+    """The model's full name: a built-in model without `input` or `classes` takes them from the data set."""
+    name = spec.partition(":")[0]
+    if name not in MODELS:
+        return spec
+    options = parse_spec(spec)[1]
+    options = {"input": data.input_shape, "classes": data.classes} | options
+    values = {key: "x".join(map(str, value)) if isinstance(value, tuple) else value for key, value in options.items()}
+    return f"{name}:" + ",".join(f"{key}={value}" for key, value in values.items())
+
+
+class Trainer:
+    """A rank's model, optimizer and place in the run."""
+
+    def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
+        """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError."""
+        self.config, self.rank, self.world_size = config, rank, world_size
+        torch.set_num_threads(config.threads)
+        torch.use_deterministic_algorithms(True)
+        self.device = _device(config.device, rank)
+        self.data = load_data(config.data)
+        if config.loss not in LOSSES:
+            raise ConfigError(f"loss {config.loss!r} is not known; there are: {', '.join(LOSSES)}")
+        self.loss: Callable[[Tensor, Tensor], Tensor] = LOSSES[config.loss]
+        torch.manual_seed(derive(config.seed, "weights"))
+        self.model: nn.Module = load_model(resolve_model(config.model, self.data)).to(self.device).train()
+        self._check_fit()
+        try:
+            self.optimizer = load_optimizer(config.optimizer, self.model.parameters())
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.steps_done = 0
+
+    def resume(self, run: Path) -> None:
+        """Goes on from the last checkpoint of this run. Raises: CheckpointError."""
+        self.steps_done = load_checkpoint(
+            last_checkpoint(run),
+            model=self.model,
+            optimizer=self.optimizer,
+            config=self.config,
+            world_size=self.world_size,
+        )
+
+    def train(
+        self, exchange: Exchange, *, run: Path | None = None, progress: Callable[[int, Gradients], Any] | None = None
+    ) -> None:
+        """Trains until `config.steps` steps are done.
+
+        Args:
+            exchange: this rank's end; not yet started.
+            run: where to log; None logs nothing.
+            progress: called after each step with its number and this rank's gradients.
+        """
+        log = run and RunLog(run, rank=self.rank, tensorboard=self.config.tensorboard, first_step=self.steps_done)
+        try:
+            exchange.start(self.model, step=self.steps_done)
+            while self.steps_done < self.config.steps:
+                gradients = self._step(exchange, log or None)
+                if progress is not None:
+                    progress(self.steps_done - 1, gradients)
+                every = self.config.checkpoint_every
+                if run and every and self.rank == 0 and self.steps_done % every == 0:
+                    self.save(run)
+        finally:
+            if log:
+                log.close()
+
+    def save(self, run: Path) -> Path:
+        """Writes a checkpoint of this moment."""
+        return save_checkpoint(
+            run,
+            step=self.steps_done,
+            model=self.model,
+            optimizer=self.optimizer,
+            config=self.config,
+            world_size=self.world_size,
+        )
+
+    def _step(self, exchange: Exchange, log: RunLog | None) -> Gradients:
+        step, clock = self.steps_done, _Clock()
+        batch = self._batch(step)
+        # Dropout and the like draw from the global generator: the same at this rank and step, resumed or not.
+        torch.manual_seed(derive(self.config.seed, "forward", self.rank, step))
+        gradients = mean_gradient(self.model, self.loss, batch)
+        clock.lap("gradient")
+        if log and self.config.truth:
+            log.truth(step, batch=batch, gradient=gradients.flat, model=self.model)
+            clock.lap("truth")
+        before = exchange.traffic.bytes_out, exchange.traffic.bytes_in
+        average = exchange.average(gradients.flat, step=step)
+        clock.lap("exchange")
+        self._update(average)
+        clock.lap("update")
+        if log:
+            log.step(
+                step,
+                gradients=gradients,
+                bytes_out=exchange.traffic.bytes_out - before[0],
+                bytes_in=exchange.traffic.bytes_in - before[1],
+                seconds=clock.seconds,
+            )
+        self.steps_done += 1
+        return gradients
+
+    def _update(self, average: Tensor) -> None:
+        at = 0
+        for parameter in self.model.parameters():
+            parameter.grad = average[at : at + parameter.numel()].view_as(parameter)
+            at += parameter.numel()
+        self.optimizer.step()
+        # The exchange owns the average's memory and may write the next one there.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _batch(self, step: int) -> Batch:
+        batch = batch_at(
+            self.data,
+            seed=self.config.seed,
+            step=step,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_size=self.config.batch_size,
+        )
+        return Batch(inputs=batch.inputs.to(self.device), labels=batch.labels.to(self.device))
+
+    def _check_fit(self) -> None:
+        """Finds a model that does not fit the data here, in one line, and not at step 0 in a traceback."""
+        batch = self._batch(0)
+        self.model.eval()  # batch norm in training mode would take note of this batch
+        try:
+            with torch.no_grad():
+                outputs = self.model(batch.inputs)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"model {self.config.model!r} does not take the pictures of {self.data.name}, "
+                f"{'x'.join(map(str, self.data.input_shape))}: {str(error).splitlines()[0]}"
+            ) from error
+        self.model.train()
+        if outputs.ndim != 2 or outputs.shape[1] < self.data.classes:
+            raise ConfigError(
+                f"model {self.config.model!r} puts out {tuple(outputs.shape)}; {self.data.name} needs "
+                f"({len(batch.labels)}, {self.data.classes}) or more classes"
+            )
+
+
+class _Clock:
+    """Wall seconds by part of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part], self.last = now - self.last, now
+
+
+def _device(name: str, rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device cuda: torch sees no GPU here; take --device cpu or auto")
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r}: {str(error).splitlines()[0]}") from error

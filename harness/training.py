@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,16 +40,17 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
         """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError."""
-        self.config, self.rank, self.world_size = config, rank, world_size
+        self.rank, self.world_size = rank, world_size
         torch.set_num_threads(config.threads)
         torch.use_deterministic_algorithms(True)
         self.device = _device(config.device, rank)
         self.data = load_data(config.data)
+        self.config = config = dataclasses.replace(config, model=resolve_model(config.model, self.data))
         if config.loss not in LOSSES:
             raise ConfigError(f"loss {config.loss!r} is not known; there are: {', '.join(LOSSES)}")
         self.loss: Callable[[Tensor, Tensor], Tensor] = LOSSES[config.loss]
         torch.manual_seed(derive(config.seed, "weights"))
-        self.model: nn.Module = load_model(resolve_model(config.model, self.data)).to(self.device).train()
+        self.model: nn.Module = load_model(config.model).to(self.device).train()
         self._check_fit()
         try:
             self.optimizer = load_optimizer(config.optimizer, self.model.parameters())

@@ -1,0 +1,48 @@
+"""`gradtap inspect FILE`: what a capture holds, before anybody attacks anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from attack.decode.recording import Recording
+from nodes.commands.base import Command, Result
+from nodes.console import table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """What a capture holds: connections, protocols, ranks, steps, shapes, and every hole in it."""
+
+    file: tyro.conf.Positional[Path]
+    """Capture file: pcapng, or classic pcap."""
+
+    def run(self) -> Result:
+        """Reads the capture once."""
+        found = Recording(self.file).inspect()
+        return Result(json=found, text=_text(found))
+
+
+def _text(found: dict[str, Any]) -> str:
+    flows = [
+        [flow["source"], flow["destination"], flow["protocol"], flow["bytes"], len(flow.get("gaps", []))]
+        for flow in found["flows"]
+    ]
+    steps = [
+        [step["step"], rank["rank"], rank["complete"], f"{100 * rank['known_fraction']:.4g} %"]
+        for step in found["steps"]
+        for rank in step["ranks"]
+    ]
+    parts = [table(["from", "to", "protocol", "bytes", "holes"], flows, title="Connections")]
+    if steps:
+        parts.append(table(["step", "rank", "complete", "known"], steps, title="Gradients"))
+    parameters = found.get("parameters") or {}
+    if parameters.get("count"):
+        shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in parameters["shapes"])
+        parts.append(f"{parameters['count']} parameters: {shapes}")
+    parts.append(f"Encrypted: {'yes' if found['encrypted'] else 'no'}. World size: {found['world_size'] or 'not seen'}.")
+    parts += [f"- {note}" for note in found.get("notes", [])]
+    return "\n".join(parts)

@@ -1,0 +1,262 @@
+"""The tap: a passive recorder of network interfaces.
+
+In: names of interfaces. Out: a pcapng file of every packet seen, with kernel time stamps, and of how many were dropped.
+Refuses to send, and to know what a packet says.
+
+    python -m nodes.tap --interface lo --out wire.pcapng
+
+prints `{"ready": true, ...}` as one line once no packet can be missed, records until SIGTERM or SIGINT, writes what is
+still in the ring, and prints `{"packets": ..., "bytes": ..., "dropped": ...}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from attack.capture.pcapng import PcapngWriter
+from nodes.errors import RecordError
+from nodes.ring import RETIRE_MS, SNAPLEN, Ring
+
+LINK_TYPE_ETHERNET = 1
+"""What AF_PACKET hands over of loopback, veth and Ethernet; the other hardware types are refused."""
+HARDWARE_TYPES = {1: "Ethernet", 772: "loopback"}
+
+LARGEST_RING = 512 << 20
+"""Held bursts of 800 MB over loopback without loss while the disk took what it could; more only delays the start."""
+DRAIN_S = 5.0
+"""Longest wait for the last packets, which the kernel hands over within RETIRE_MS."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TapConfig:
+    """What to record, and where to."""
+
+    interfaces: tuple[str, ...]
+    """Names of interfaces, such as `lo`; the file numbers them in this order."""
+    out: Path
+    """The pcapng file; it is overwritten."""
+    incoming_only: bool = False
+    """Record only what arrives through an interface, not what leaves. Loopback, where all that leaves arrives, is
+    always recorded so."""
+    ring_mib: int | None = None
+    """Memory in which the kernel keeps packets until they are written, in MiB, for all interfaces together. None takes
+    an eighth of what is available, at most 512."""
+    seconds: float | None = None
+    """Record for this long. None records until SIGTERM or SIGINT."""
+
+    def __post_init__(self) -> None:
+        if not self.interfaces:
+            raise ValueError("tap: wanted at least one interface, got none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TapResult:
+    """What a tap heard."""
+
+    packets: int
+    """Packets in the file."""
+    bytes: int
+    """Their bytes, link headers included."""
+    dropped: int
+    """Packets that the kernel had to drop because the ring was full; they are not in the file."""
+
+
+def record(config: TapConfig, *, ready: Callable[[int], None] = lambda ring_bytes: None) -> TapResult:
+    """Records until SIGTERM, SIGINT or the end of `config.seconds`. Call it from the main thread: it takes signals.
+
+    Args:
+        ready: called, with the size of the ring, once no packet can be missed.
+
+    Raises: RecordError.
+    """
+    with contextlib.ExitStack() as stack:
+        wake = stack.enter_context(_stopped_by_signals())
+        rings = _open_rings(config, stack)
+        try:
+            file = stack.enter_context(open(config.out, "wb", buffering=0))
+        except OSError as error:
+            raise RecordError(f"{config.out}: cannot be created: {_reason(error)}") from error
+        ready(sum(ring.num_bytes for ring in rings))
+        return _Recorder(config, rings, file).run(wake)
+
+
+class _Recorder:
+    """Moves packets from the rings to the file."""
+
+    def __init__(self, config: TapConfig, rings: list[Ring], file: BinaryIO) -> None:
+        self.config, self.rings, self.file = config, rings, file
+        self.packets = self.bytes = 0
+
+    def run(self, wake: int) -> TapResult:
+        complete = 0
+        try:
+            writer = PcapngWriter(
+                self.file, interfaces=[(ring.interface, LINK_TYPE_ETHERNET) for ring in self.rings], snaplen=SNAPLEN
+            )
+            for _ in self._until_stopped(wake):
+                complete = self.file.tell()
+                self._write_all(writer)
+            complete = self.file.tell()
+            for ring in self.rings:
+                counts = ring.count()
+                writer.statistics(ring.number, received=counts.received, dropped=counts.dropped)
+        except OSError as error:
+            # A full disk still lets a file be cut: what is left ends with a whole packet.
+            with contextlib.suppress(OSError):
+                self.file.truncate(complete)
+            raise RecordError(
+                f"{self.config.out}: cannot be written: {_reason(error)}; what was recorded until then can be read"
+            ) from error
+        dropped = sum(ring.counts.dropped for ring in self.rings)
+        return TapResult(packets=self.packets, bytes=self.bytes, dropped=dropped)
+
+    def _until_stopped(self, wake: int) -> Iterator[None]:
+        """Yields whenever there may be something to write; after the stop, until the rings are drained."""
+        poll = select.poll()
+        poll.register(wake, select.POLLIN)
+        for ring in self.rings:
+            poll.register(ring, select.POLLIN)
+        end = None if self.config.seconds is None else time.monotonic() + self.config.seconds
+        stopped = False
+        while not stopped:
+            wait_s = None if end is None else max(0.0, end - time.monotonic())
+            ready = poll.poll(None if wait_s is None else wait_s * 1000)
+            stopped = not ready or any(descriptor == wake for descriptor, _ in ready)
+            self._check(ready)
+            yield
+        for ring in self.rings:
+            ring.stop()
+        end = time.monotonic() + DRAIN_S
+        while not all(ring.drained for ring in self.rings) and time.monotonic() < end:
+            time.sleep(RETIRE_MS / 1000)
+            yield
+
+    def _check(self, ready: list[tuple[int, int]]) -> None:
+        """An interface that was taken down or away reports an error for ever, and no more packets."""
+        failed = {descriptor for descriptor, events in ready if events & (select.POLLERR | select.POLLHUP)}
+        for ring in self.rings:
+            if ring.fileno() in failed:
+                number = ring.error()
+                raise RecordError(
+                    f"interface {ring.interface}: went away while it was recorded: {os.strerror(number)};"
+                    f" what was recorded until then is in {self.config.out}"
+                )
+
+    def _write_all(self, writer: PcapngWriter) -> None:
+        for ring in self.rings:
+            for block in ring.blocks():
+                writer.write(block)
+                self.packets += len(block)
+                self.bytes += sum(len(data) for _, _, data, _ in block)
+
+
+def _open_rings(config: TapConfig, stack: contextlib.ExitStack) -> list[Ring]:
+    if not hasattr(socket, "AF_PACKET"):
+        raise RecordError(
+            f"recording needs Linux (AF_PACKET), got {sys.platform}; record there, or give a capture file"
+        )
+    total = LARGEST_RING if config.ring_mib is None else config.ring_mib << 20
+    if config.ring_mib is None:
+        total = min(total, _available_memory() // 8)
+    rings = []
+    for number, interface in enumerate(config.interfaces):
+        try:
+            ring = Ring(
+                interface,
+                number=number,
+                num_bytes=total // len(config.interfaces),
+                incoming_only=config.incoming_only,
+            )
+        except PermissionError as error:
+            raise RecordError(
+                f"interface {interface}: recording needs CAP_NET_RAW, which this process has not;"
+                " run it as root, or inside `gradtap lab`, which needs no root"
+            ) from error
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                names = ", ".join(name for _, name in socket.if_nameindex())
+                raise RecordError(f"interface {interface}: there is none of this name; there are: {names}") from error
+            raise RecordError(f"interface {interface}: cannot be recorded: {_reason(error)}") from error
+        stack.callback(ring.close)
+        if ring.hardware_type not in HARDWARE_TYPES:
+            raise RecordError(
+                f"interface {interface}: wanted {' or '.join(HARDWARE_TYPES.values())},"
+                f" got hardware type {ring.hardware_type}; record the interface that carries it"
+            )
+        rings.append(ring)
+    return rings
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[int]:
+    """A descriptor that becomes readable with SIGTERM or SIGINT; nothing is interrupted in its middle."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    descriptor = signal.set_wakeup_fd(writing)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return LARGEST_RING
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
+
+
+def say(fields: dict[str, Any]) -> None:
+    """Prints one JSON object as one line of standard output."""
+    print(json.dumps(fields), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m nodes.tap", description="Record network interfaces, passively.")
+    parser.add_argument("--interface", action="append", required=True, help="name of an interface; may be repeated")
+    parser.add_argument("--out", type=Path, required=True, help="the pcapng file to write")
+    parser.add_argument("--incoming-only", action="store_true", help="leave out what leaves through an interface")
+    parser.add_argument("--ring-mib", type=int, help="memory for packets not yet written, in MiB")
+    parser.add_argument("--seconds", type=float, help="how long to record; otherwise until SIGTERM or SIGINT")
+    options = parser.parse_args()
+    config = TapConfig(
+        interfaces=tuple(options.interface),
+        out=options.out,
+        incoming_only=options.incoming_only,
+        ring_mib=options.ring_mib,
+        seconds=options.seconds,
+    )
+    try:
+        result = record(config, ready=lambda ring_bytes: say({"ready": True, "ring_bytes": ring_bytes}))
+    except RecordError as error:
+        print(f"tap: {error}", file=sys.stderr, flush=True)
+        return 1
+    say(dataclasses.asdict(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

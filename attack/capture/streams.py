@@ -1,7 +1,7 @@
 """What a capture is turned into: for each direction of each TCP connection, ordered bytes with explicit holes.
 
-The events of one stream tile it: each begins at the offset at which the one before ended, so the bytes and the holes
-together are all that was sent between the first and the last event.
+The events of one stream tile it: each `Data` or `Gap` begins at the offset at which the one before ended, so the bytes
+and the holes together are all that was sent between the first and the last event.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gap:
-    """A hole in a stream: bytes that were sent and are not in the capture."""
+    """A hole in a stream: bytes that were sent and are not in the capture.
+
+    Its length is what TCP's sequence numbers say, which start again after 4 GiB: a hole longer than that looks shorter.
+    """
 
     flow: Flow
     time: float
@@ -70,7 +73,25 @@ class Closed:
     flow: Flow
     time: float
     how: str
-    """`fin`, `reset` or `capture ended`."""
+    """`fin`, `reset` or `capture ended`; `replaced` where a new connection took the two ports before this one was seen
+    to end; `forgotten` where too many other connections came to keep this one's state."""
 
 
-StreamEvent: TypeAlias = Opened | Data | Gap | Closed
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Conflict:
+    """Bytes that were captured twice, and differed: a damaged copy, or a forged one.
+
+    `Data` has the copy that came first, before this event or after it. Neither copy is proven, since the receiver kept
+    only one and checksums are not verified: trust nothing that is built from these bytes. A conflict is no part of the
+    tiling.
+    """
+
+    flow: Flow
+    time: float
+    offset: int
+    """Of the first byte that differs."""
+    length: int
+    """Up to the last byte that differs."""
+
+
+StreamEvent: TypeAlias = Opened | Data | Gap | Closed | Conflict

@@ -1,0 +1,80 @@
+"""ZMTP frames of one direction -> messages of the project's own format, whole or with holes in their payload.
+
+Knows a message's two frames and that they must agree; nothing of ranks, steps or which messages follow which. A message
+that cannot be one is named in a `Refused` and never guessed at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TypeAlias
+
+from attack.decode.zmtp import Event, Frame, Holes, Lost
+from harness.wire import Header, WireError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """A header that was seen whole, and its payload."""
+
+    offset: int
+    """Of the message's first byte in its stream."""
+    header: Header
+    payload: bytearray
+    """Of exactly `header.size` bytes; the parts in `holes` read as zero and mean nothing."""
+    holes: Holes = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """Frames that are not a message of this format, or of which too much is missing to say."""
+
+    offset: int
+    why: str
+    foreign: bool
+    """True where they do not look like this format at all, so that another application may be talking."""
+
+
+Item: TypeAlias = Message | Refused
+
+
+class MessageDecoder:
+    """Pairs the frames of one direction. Feed it every event of that direction, in order."""
+
+    def __init__(self, runs: set[bytes]) -> None:
+        """`runs` grows by the run ids of messages seen whole; an anchor believes these."""
+        self._runs = runs
+        self._first: Frame | None = None  # a frame that waits for the next one of its message
+        self._count = 0  # frames of the message so far
+
+    def feed(self, event: Event) -> Iterator[Item]:
+        """The messages that this event completes."""
+        if isinstance(event, Lost):
+            if self._first is not None:
+                yield Refused(offset=self._first.offset, why="framing was lost inside a message", foreign=False)
+            self._first, self._count = None, 0
+        elif isinstance(event, Frame):
+            self._count += 1
+            first = self._first or event
+            if event.more:
+                self._first = first
+                return
+            count, self._first, self._count = self._count, None, 0
+            yield self._pair(first, event, count)
+
+    def _pair(self, first: Frame, last: Frame, count: int) -> Item:
+        at = first.offset
+        if first.holes:
+            return Refused(offset=at, why="a hole in the header", foreign=False)
+        try:
+            header = Header.unpack(memoryview(first.body))
+        except WireError as error:
+            return Refused(offset=at, why=str(error), foreign=True)
+        if count != 2:
+            return Refused(offset=at, why=f"wanted a header and a payload, got {count} frames", foreign=False)
+        if header.size != len(last.body):
+            why = f"{header.kind}: wanted {header.size} bytes of payload, got {len(last.body)}"
+            return Refused(offset=at, why=why, foreign=False)
+        self._runs.add(header.run)
+        return Message(offset=at, header=header, payload=last.body, holes=last.holes)

@@ -1,0 +1,395 @@
+"""Messages of all connections of one run -> for each step, what is known of every rank's gradient and of the average.
+
+An element is RAW only if it was on the wire, at a place that a second message confirms, and if nothing contradicts it;
+whatever is inconsistent is named in the notes and left unknown. Holds the chunks of the few steps in flight. Knows the
+conversation of `harness.wire`; nothing of captures, protocols below, optimizers or models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from attack.capture.streams import Flow
+from attack.decode.averages import Difference, Float32, average, difference, same
+from attack.decode.messages import Message
+from attack.decode.notes import Notes
+from attack.decode.vector import Mask, Piece, Place, Vector
+from attack.observation import Known
+from harness.wire import Header, Kind, Layout, WireError
+
+MAX_STEPS_IN_FLIGHT = 3
+"""Ranks are at most one step apart. A tap's two directions may be read with more between them, so this many are kept
+whatever they weigh; beyond, `MAX_BYTES_IN_FLIGHT` decides."""
+MAX_BYTES_IN_FLIGHT = 256 << 20
+MAX_ELEMENTS = 1 << 30
+"""Elements of a vector that is put together: 4 GiB. A header that says more is not believed."""
+
+_ROLES = {
+    Kind.HELLO: "rank",
+    Kind.GRADIENT: "rank",
+    Kind.BYE: "rank",
+    Kind.WELCOME: "server",
+    Kind.AVERAGE: "server",
+}
+"""Who says what; WEIGHTS and ERROR are said by both."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RankGradient:
+    """What is known of one rank's gradient at one step."""
+
+    values: Float32
+    known: npt.NDArray[np.uint8]
+    """A `Known` for each element."""
+    bound: Float32 | None
+    """Largest error of each DIFFERENCED element; None where there is none."""
+    defense: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedStep:
+    """One step, when nothing more will be said of it."""
+
+    step: int
+    gradients: dict[int, RankGradient]
+    """By rank: every rank of the run where its size is known, else those that were seen."""
+    average: Float32 | None
+    """The averaged gradient, where all of it is known."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InitialState:
+    """What rank 0 sent to all before the first step."""
+
+    step: int
+    """The step that begins with it."""
+    weights: Float32 | None
+    """All parameters, flat; None where one element is missing."""
+    buffers: Float32 | None
+
+
+class _Step:
+    """What was seen of one step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[int, Vector] = {}
+        self.averages = Vector()
+        self.named: dict[Place, set[Flow]] = {}
+        """The flows that named each place: what one rank sends, the answer to it and all other ranks' parts repeat."""
+
+    @property
+    def bytes(self) -> int:
+        return self.averages.bytes + sum(vector.bytes for vector in self.gradients.values())
+
+
+class Session:
+    """One run. `receive` and `close` take in; `steps` gives out."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.layout: Layout | None = None
+        """As every HELLO so far says it; None where none was seen or two disagree."""
+        self.total: int | None = None
+        """Elements of a gradient."""
+        self.ranks: set[int] = set()
+        """Ranks that said something."""
+        self._notes = notes
+        self._layout_disputed = False
+        self._senders: dict[Flow, tuple[str, int]] = {}
+        self._heard: set[Flow] = set()
+        self._silenced: set[Flow] = set()
+        self._progress: dict[Flow, int] = {}
+        self._steps: dict[int, _Step] = {}
+        self._next = 0  # steps below this have been given out
+        self._first: int | None = None  # the first step that was given out
+        self._weights: dict[int, Vector] = {}
+        self._weights_total: int | None = None
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of the run; None where no HELLO says it."""
+        return self.layout.world if self.layout is not None else None
+
+    def receive(self, flow: Flow, message: Message) -> None:
+        """Takes in one message of this run."""
+        header = message.header
+        self._heard.add(flow)
+        why = self._unwanted(flow, header) or self._take(flow, message)
+        if why is not None:
+            chunk = f" for {_place(header)}" if header.count else ""
+            self._notes.add(f"flow {flow}: {header.kind} of rank {header.rank}, step {header.step}{chunk}: {why}")
+
+    def excuse(self, flow: Flow) -> None:
+        """Says that this direction has holes: what is missing there may have been sent."""
+        self._silenced.add(flow)
+
+    def close(self, flow: Flow) -> None:
+        """Says that this direction will not go on."""
+        self._progress.pop(flow, None)
+
+    def steps(self, *, end: bool = False) -> Iterator[DecodedStep]:
+        """The steps of which nothing more is to come, in order; at the end, all."""
+        while self._steps:
+            step = min(self._steps)
+            crowded = (
+                len(self._steps) > MAX_STEPS_IN_FLIGHT
+                and sum(other.bytes for other in self._steps.values()) > MAX_BYTES_IN_FLIGHT
+            )
+            over = self._progress and min(self._progress.values()) > step
+            if not (over or crowded or end):
+                return
+            seen = self._steps.pop(step)
+            self._next = step + 1
+            if (decoded := self._decode(step, seen)) is not None:
+                self._first = step if self._first is None else self._first
+                yield decoded
+
+    def initial_state(self) -> InitialState | None:
+        """The state that was broadcast; ask when the first step is given out, as nothing is added to it then."""
+        if len(self._weights) != 1:
+            if self._weights:
+                self._notes.add(f"initial weights are said to be of steps {sorted(self._weights)}: not believed")
+            return None
+        [(step, vector)] = self._weights.items()
+        total, count = self._weights_total, self.total
+        if self.layout is not None:
+            count = self.layout.parameter_count
+        if total is None or count is None or count > total or (self._first is not None and self._first < step):
+            return None
+        values, known = np.zeros(total, np.float32), np.zeros(total, np.bool_)
+        for piece in vector:
+            where = piece.place.where
+            values[where], known[where] = piece.values, True if piece.known is None else piece.known
+        if not known.all():
+            self._notes.add(f"initial weights: {int((~known).sum())} of {total} elements not seen")
+        return InitialState(
+            step=step,
+            weights=values[:count] if known[:count].all() else None,
+            buffers=values[count:] if count < total and known[count:].all() else None,
+        )
+
+    def _unwanted(self, flow: Flow, header: Header) -> str | None:
+        """Why a message cannot be what it says, if so."""
+        role = _ROLES.get(header.kind)
+        sender = self._senders.get(flow)
+        if role is not None and sender is None:
+            self._senders[flow] = role, header.rank
+        elif sender is not None and (sender[1] != header.rank or (role or sender[0]) != sender[0]):
+            return f"this direction belongs to {sender[0]} {sender[1]}"
+        if role == "rank" and header.rank < 0:
+            return "not a rank"
+        if self.world_size is not None and header.rank >= self.world_size:
+            return f"there are {self.world_size} ranks"
+        return None
+
+    def _take(self, flow: Flow, message: Message) -> str | None:
+        header = message.header
+        if header.rank >= 0:
+            self.ranks.add(header.rank)
+        self._progress[flow] = header.step if header.kind in (Kind.GRADIENT, Kind.AVERAGE) else -1
+        match header.kind:
+            case Kind.HELLO:
+                return self._join(message)
+            case Kind.WEIGHTS:
+                return self._add_weights(message)
+            case Kind.GRADIENT | Kind.AVERAGE:
+                return self._add_chunk(flow, message)
+            case Kind.ERROR:
+                return bytes(message.payload[:200]).decode("utf-8", "replace")
+            case Kind.BYE:
+                self.close(flow)
+        return None
+
+    def _join(self, message: Message) -> str | None:
+        if message.holes:
+            return "a hole in the layout"
+        try:
+            layout = Layout.unpack(memoryview(message.payload))
+        except WireError as error:
+            return str(error)
+        if self._layout_disputed or (self.layout is not None and layout != self.layout):
+            self.layout, self._layout_disputed = None, True
+            return "ranks disagree on the model's layout: neither shapes nor the number of ranks are believed"
+        self.layout = layout
+        if self.total not in (None, layout.parameter_count):
+            return f"a model of {layout.parameter_count} parameters, chunks so far of {self.total}"
+        self.total = layout.parameter_count
+        return None
+
+    def _add_weights(self, message: Message) -> str | None:
+        header = message.header
+        if self.layout is not None:
+            self._weights_total = self.layout.parameter_count + self.layout.buffer_count
+        if (why := _implausible(header, self._weights_total)) is not None:
+            return why
+        self._weights_total = header.total
+        return self._weights.setdefault(header.step, Vector()).add(_piece(message, tag=None))
+
+    def _add_chunk(self, flow: Flow, message: Message) -> str | None:
+        header = message.header
+        if (why := _implausible(header, self.total)) is not None:
+            return why
+        if header.step < self._next:
+            return "too late: what is known of that step was given out"
+        self.total = header.total
+        step = self._steps.setdefault(header.step, _Step())
+        step.named.setdefault(_place(header), set()).add(flow)
+        if header.kind is Kind.AVERAGE:
+            return step.averages.add(_piece(message, tag=header.rank))
+        return step.gradients.setdefault(header.rank, Vector()).add(_piece(message, tag=_defense(header)))
+
+    def _decode(self, step: int, seen: _Step) -> DecodedStep | None:
+        """What the chunks of a step prove together; None where they prove nothing."""
+        believed = {place for place, flows in seen.named.items() if self._confirmed(flows)}
+        for place in sorted(seen.named.keys() - believed):
+            self._notes.add(f"step {step}: {place} named by one message alone, and no other confirms it: not believed")
+        if not believed or self.total is None:
+            return None
+        ranks = range(self.world_size) if self.world_size is not None else sorted(seen.gradients)
+        gradients = {rank: _Assembly(self.total) for rank in ranks}
+        for rank, assembly in gradients.items():
+            for piece in seen.gradients.get(rank, Vector()):
+                if piece.place in believed:
+                    assembly.place(piece)
+        mean = self._average(step, seen, believed)
+        if self.world_size is not None:
+            self._fill_in_owners(seen, believed, gradients)
+        return DecodedStep(
+            step=step,
+            gradients={rank: assembly.gradient() for rank, assembly in gradients.items()},
+            average=mean.values if mean.known.all() else None,
+        )
+
+    def _confirmed(self, flows: set[Flow]) -> bool:
+        """Whether a second direction named a place, or may have, in a hole.
+
+        A header has no checksum of its own. What a rank sends is answered, and all ranks send and get the same places:
+        so a place, or a step, that only one message names is one that its header got wrong.
+        """
+        return len(flows) > 1 or any(
+            flow.reverse in self._silenced or flow.reverse not in self._heard for flow in flows
+        )
+
+    def _average(self, step: int, seen: _Step, believed: set[Place]) -> _Assembly:
+        """The averaged gradient: as answered, or computed where all parts are known; unknown where the two differ."""
+        assert self.total is not None
+        mean = _Assembly(self.total)
+        for place in sorted(believed):
+            answer = seen.averages.get(place)
+            parts = [vector.get(place) for vector in self._vectors(seen)]
+            if answer is not None:
+                mean.place(answer)
+            if not parts or None in parts:
+                continue
+            whole = [part for part in parts if part is not None]
+            computed, known = average([part.values for part in whole]), _common(whole)
+            differs = ~same(computed, answer.values) & known if answer is not None else np.zeros_like(known)
+            if answer is not None and answer.known is not None:
+                differs &= answer.known
+            if differs.any():
+                mean.forget(place)
+                self._notes.add(f"step {step}, {place}: the average is not that of the ranks' parts: not believed")
+            else:
+                mean.fill(place, computed, known)
+        return mean
+
+    def _vectors(self, seen: _Step) -> list[Vector]:
+        """One vector of each rank, in rank order; none where the number of ranks is not known."""
+        nothing = Vector()
+        return [seen.gradients.get(rank, nothing) for rank in range(self.world_size or 0)]
+
+    def _fill_in_owners(self, seen: _Step, believed: set[Place], gradients: dict[int, _Assembly]) -> None:
+        """A rank that serves a shard does not send its own part of it: that is the average less all other parts."""
+        vectors = self._vectors(seen)
+        for answer in seen.averages:
+            owner, place = answer.tag, answer.place
+            if not isinstance(owner, int) or owner < 0 or place not in believed or vectors[owner].overlaps(place):
+                continue
+            pieces = [None if rank == owner else vector.get(place) for rank, vector in enumerate(vectors)]
+            others = [piece for piece in pieces if piece is not None]
+            if len(others) == len(vectors) - 1:
+                parts = [piece if piece is None else piece.values for piece in pieces]
+                known = _common([answer, *others])
+                gradients[owner].place_difference(place, difference(answer.values, parts), known)
+
+
+class _Assembly:
+    """A flat vector with its mask, as it is put together."""
+
+    def __init__(self, total: int) -> None:
+        self.values: Float32 = np.zeros(total, np.float32)
+        self.known = np.zeros(total, np.uint8)
+        self.bound: Float32 | None = None
+        self.defense: str | None = None
+
+    def gradient(self) -> RankGradient:
+        return RankGradient(values=self.values, known=self.known, bound=self.bound, defense=self.defense)
+
+    def place(self, piece: Piece) -> None:
+        """Elements that were on the wire."""
+        self.defense = piece.tag if isinstance(piece.tag, str) else None
+        self.fill(piece.place, piece.values, piece.known)
+
+    def fill(self, place: Place, values: Float32, known: Mask | None) -> None:
+        """Elements that are equal to the bit to what was sent, where `known`; None: all."""
+        where = place.where
+        if known is None or known.all():
+            self.values[where] = values
+            self.known[where] = Known.RAW
+        else:
+            self.values[where][known] = values[known]
+            self.known[where][known] = Known.RAW
+
+    def place_difference(self, place: Place, found: Difference, known: Mask) -> None:
+        """Elements that were computed, where `known`."""
+        if self.bound is None:
+            self.bound = np.zeros_like(self.values)
+        where = place.where
+        known = known & found.valid
+        self.values[where][known] = found.value[known]
+        self.known[where][known] = Known.DIFFERENCED
+        self.bound[where][known] = found.bound[known]
+
+    def forget(self, place: Place) -> None:
+        """Elements that turned out not to be known."""
+        self.values[place.where] = 0
+        self.known[place.where] = Known.UNKNOWN
+
+
+def _place(header: Header) -> Place:
+    return Place(header.at, header.at + header.count)
+
+
+def _piece(message: Message, tag: Hashable) -> Piece:
+    return Piece(_place(message.header), message.payload, message.holes, tag)
+
+
+def _defense(header: Header) -> str | None:
+    """The public side of a defense, as the header says it: `codec:key=value,key=value`; None for a plain gradient."""
+    params = ",".join(f"{key}={value}" for key, value in header.params.items())
+    return f"{header.codec}:{params}" if params else None
+
+
+def _common(pieces: list[Piece]) -> Mask:
+    """The elements that all of them know."""
+    known = np.ones(pieces[0].place.size, np.bool_)
+    for piece in pieces:
+        if piece.known is not None:
+            known &= piece.known
+    return known
+
+
+def _implausible(header: Header, total: int | None) -> str | None:
+    """Why a chunk cannot be a part of the vector of `total` elements, if so."""
+    if header.codec != "dense" or header.dtype != "float32":
+        return f"coded as {header.codec} {header.dtype}, which is not read"
+    if not header.count:
+        return "an empty chunk"
+    if total is not None and header.total != total:
+        return f"a part of {header.total} elements, the others of {total}"
+    if header.total > MAX_ELEMENTS:
+        return f"a part of {header.total} elements, at most {MAX_ELEMENTS} are put together"
+    return None

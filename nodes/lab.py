@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.errors import ConfigError
 from nodes.errors import NetworkError, NodeError
 from nodes.network import MAX_HOSTS
 from nodes.node import Node, module_argv
@@ -59,18 +60,19 @@ class LabConfig:
     """Repeat the nodes' output on standard error."""
 
     def __post_init__(self) -> None:
+        """Raises: ConfigError."""
         names = [node.name for node in self.nodes]
         if len(set(names)) != len(names) or "tap" in names:
-            raise ValueError(f"lab: wanted nodes of different names, none of them tap, got {', '.join(names)}")
+            raise ConfigError(f"lab: wanted nodes of different names, none of them tap, got {', '.join(names)}")
         if len(self.hosts) > MAX_HOSTS:
-            raise ValueError(f"lab: wanted at most {MAX_HOSTS} hosts, got {len(self.hosts)}")
+            raise ConfigError(f"lab: wanted at most {MAX_HOSTS} hosts, got {len(self.hosts)}")
         for node in self.nodes:
             if (node.host is None) != (not self.hosts) or (node.host is not None and node.host not in self.hosts):
-                raise ValueError(f"lab: node {node.name}: wanted a host of {self.hosts or None}, got {node.host}")
+                raise ConfigError(f"lab: node {node.name}: wanted a host of {self.hosts or None}, got {node.host}")
         if self.tap not in (None, "all", *self.hosts):
-            raise ValueError(f"lab: tap: wanted one of {', '.join(('all', *self.hosts))}, got {self.tap}")
+            raise ConfigError(f"lab: tap: wanted one of {', '.join(('all', *self.hosts))}, got {self.tap}")
         if self.link_mbit is not None and not (self.hosts and self.link_mbit > 0):
-            raise ValueError(f"lab: a link's speed needs hosts, and must be more than 0; got {self.link_mbit}")
+            raise ConfigError(f"lab: a link's speed needs hosts, and must be more than 0; got {self.link_mbit}")
 
     @property
     def capture(self) -> Path | None:

@@ -81,7 +81,7 @@ def lead(config: LabConfig, *, control: int) -> LabResult:
     failed = supervisor.failed or ([] if stopped else [end for end in ends if not end.ok])
     return LabResult(
         ok=not stopped and not failed,
-        message=stopped or (describe(config, failed[0]) if failed else f"{len(jobs)} nodes ended well"),
+        message=stopped or (describe(config, failed[0]) if failed else "every node ended well"),
         exit_codes={end.name: end.code for end in ends if end.name != TAP},
         seconds=round(time.monotonic() - started, 3),
         log_tail=tuple(log_lines(config, failed[0])[-TAIL_LINES:]) if failed else (),

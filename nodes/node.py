@@ -6,6 +6,7 @@ In and out: plain values that travel between processes as JSON. Refuses to know 
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import sys
 from pathlib import Path
@@ -59,11 +60,23 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+PROJECT = Path(nodes.__file__).parent.parent
+"""The folder that holds this project's packages."""
+
+
 def module_argv(module: str, *arguments: str) -> tuple[str, ...]:
     """Runs a module of this project, and never a folder of the same name in the directory of the caller."""
-    root = Path(nodes.__file__).parent.parent
     start = (
-        f"import runpy, sys; sys.path.insert(0, {str(root)!r}); "
+        f"import runpy, sys; sys.path.insert(0, {str(PROJECT)!r}); "
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
     return (sys.executable, "-P", "-c", start, *arguments)
+
+
+def module_environment() -> dict[str, str]:
+    """The same for a module that another program starts, as torchrun does; the caller's directory comes last."""
+    before = os.environ.get("PYTHONPATH")
+    return {
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), *([before] if before else []), os.getcwd()]),
+    }

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from attack.capture.pcapng import PcapngWriter
+from harness.errors import ConfigError
 from nodes.errors import RecordError
 from nodes.ring import RETIRE_MS, SNAPLEN, Ring
 
@@ -58,8 +59,13 @@ class TapConfig:
     """Record for this long. None records until SIGTERM or SIGINT."""
 
     def __post_init__(self) -> None:
+        """Raises: ConfigError."""
         if not self.interfaces:
-            raise ValueError("tap: wanted at least one interface, got none")
+            raise ConfigError("interface: wanted at least one, got none")
+        if self.ring_mib is not None and self.ring_mib < 1:
+            raise ConfigError(f"ring_mib: wanted 1 MiB or more, got {self.ring_mib}")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ConfigError(f"seconds: wanted more than 0, got {self.seconds:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from harness.errors import ConfigError
 from nodes.network import address
 from nodes.node import Node, signal_name
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TORCHRUN = (sys.executable, "-P", "-m", "torch.distributed.run")
 """The torchrun of this interpreter, wherever PATH leads."""
 
 MASTER_PORT = 29_500
@@ -40,18 +41,28 @@ def start_together(arguments: Sequence[str], *, num_ranks: int, env: dict[str, s
     return (Node(name="workers", argv=(*TORCHRUN, *place, *arguments), env=env),)
 
 
-def start_apart(arguments: Sequence[str], *, num_ranks: int, env: dict[str, str]) -> tuple[Node, ...]:
+def start_apart(
+    arguments: Sequence[str], *, num_ranks: int, env: dict[str, str], launcher: Sequence[str] = TORCHRUN
+) -> tuple[Node, ...]:
     """Each rank on a host of its own, under a torchrun of its own."""
     meet = ("--nproc-per-node", "1", "--master-addr", address(0), "--master-port", str(MASTER_PORT))
     return tuple(
         Node(
             name=host,
-            argv=(*TORCHRUN, "--nnodes", str(num_ranks), "--node-rank", str(rank), *meet, *arguments),
+            argv=(*launcher, "--nnodes", str(num_ranks), "--node-rank", str(rank), *meet, *arguments),
             env=env,
             host=host,
         )
         for rank, host in enumerate(host_names(num_ranks))
     )
+
+
+def split_launcher(argv: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Takes a command apart: torchrun, and its arguments. Raises: ConfigError where it is another command."""
+    for at, token in enumerate(argv[:4]):
+        if Path(token).name == "torchrun" or (token == "torch.distributed.run" and argv[at - 1] == "-m"):
+            return tuple(argv[: at + 1]), tuple(argv[at + 1 :])
+    raise ConfigError(f"--hosts: wanted a torchrun command, to start it on each host, got: {' '.join(argv)}")
 
 
 def split_placement(arguments: Sequence[str]) -> tuple[int, tuple[str, ...]]:

@@ -1,0 +1,11 @@
+"""The attacks, one paper a file. Each takes a target and a context and proposes an answer; none sees a truth."""
+
+from attack.algorithms.auto import auto
+from attack.algorithms.base import Answer, Method, Reconstruction, Status
+from attack.algorithms.dlg import dlg
+from attack.algorithms.idlg import idlg
+from attack.algorithms.rgap import rgap
+
+METHODS: dict[str, Method] = {"auto": auto, "rgap": rgap, "idlg": idlg, "dlg": dlg}
+
+__all__ = ["METHODS", "Answer", "Method", "Reconstruction", "Status"]

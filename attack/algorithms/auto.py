@@ -1,0 +1,42 @@
+"""The strongest method for what was observed: the closed form where the model is a chain, else a search.
+
+Goes on to the next method when one does not converge, and says why it took each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from attack.algorithms.base import Answer, Method
+from attack.algorithms.dlg import dlg
+from attack.algorithms.idlg import idlg
+from attack.algorithms.rgap import rgap
+from attack.engine.context import Context
+from attack.engine.target import Target
+
+
+def auto(target: Target, context: Context) -> Answer:
+    """The first answer within the target's tolerance; else the best of what was tried."""
+    plan: list[tuple[str, Method, str]] = []
+    if target.batch_size == 1:
+        plan.append(("rgap", rgap, "one example: walk back in closed form"))
+    if target.batch_size == 1 or target.labels is not None:
+        plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
+    plan.append(("dlg", dlg, "search inputs and labels together"))
+
+    best, least, route = None, float("inf"), []
+    for name, method, why in plan:
+        if best is not None and not context.seconds_left:
+            break
+        answer = dataclasses.replace(method(target, context), method=name)
+        route.append(f"{name} ({why})")
+        residual = float("inf")
+        if answer.inputs is not None and answer.labels is not None:
+            residual = target.residual(answer.inputs, answer.labels)
+        if best is None or residual < least:
+            best, least = answer, residual
+        if least <= target.tolerance:
+            break
+        route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
+    assert best is not None
+    return dataclasses.replace(best, route="; then ".join(route))

@@ -1,0 +1,45 @@
+"""Improved Deep Leakage from Gradients: the label is read from the last layer's gradient, the input alone is searched.
+
+    x = argmin || grad(loss(model(x), label)) - observed ||^2
+
+Labels that were told are taken as they are, and then a batch may have more than one example. The search differs from
+the paper's as that of `dlg` does.
+
+Reference: Zhao, Mopuri, Bilen 2020, arXiv 2001.02610.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attack.algorithms.base import Answer
+from attack.engine.context import Context
+from attack.engine.labels import NoLabel, read_label
+from attack.engine.search import search
+from attack.engine.target import Target
+
+
+def idlg(target: Target, context: Context) -> Answer:
+    """Inputs of the batch, at labels that were read or told."""
+    try:
+        labels = target.labels if target.labels is not None else read_label(target)
+    except NoLabel as error:
+        return Answer(inputs=None, labels=None, reason=str(error))
+
+    def start() -> list[Tensor]:
+        shape = (target.batch_size, *target.input_shape)
+        return [torch.randn(shape, generator=context.generator, dtype=torch.float64).to(target.device)]
+
+    def mismatch(variables: list[Tensor]) -> Tensor:
+        return target.mismatch(variables[0], labels, differentiable=True)
+
+    found = search(target, context, method="idlg", start=start, mismatch=mismatch)
+    return Answer(
+        inputs=found.variables[0],
+        labels=labels,
+        film=found.film,
+        evaluations=found.evaluations,
+        restarts=found.restarts,
+        reason=found.reason,
+    )

@@ -1,0 +1,88 @@
+"""Recursive gradient attack on privacy: the input of one example in closed form, from the last layer to the first.
+
+Serves chains of linear and convolutional layers with activations that can be undone, ending in a linear layer with
+cross-entropy. No start, no iteration, no luck.
+
+Differs from the paper: it begins with the gradient of the last bias, which is the error at the logits itself, instead
+of a scalar root-finding; least squares are weighted by how well each row is known, so that what a saturated unit or a
+missing element does not say is left to other rows; and the answer comes with its variance.
+
+Reference: Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attack.algorithms.base import Answer
+from attack.engine.chain import NoChain, trace
+from attack.engine.context import Context, Progress
+from attack.engine.film import MAX_FRAMES, Film
+from attack.engine.labels import NoLabel, read_label
+from attack.engine.layers import check
+from attack.engine.target import Target
+from attack.engine.walk import Belief, OutOfTime, walk_back
+
+RANK_ONE = 1e-3
+"""Largest share of the last layer's gradient that may lie outside its first singular pair, for one example."""
+
+
+def rgap(target: Target, context: Context) -> Answer:
+    """The input and label of a batch of one."""
+    try:
+        label = read_label(target)
+        links = trace(target.model, target.input_shape)
+        check(links)
+        _check_rank_one(target)
+        belief = walk_back(target, links, context)
+    except (NoLabel, NoChain) as error:
+        return Answer(inputs=None, labels=None, reason=str(error))
+    except OutOfTime:
+        return Answer(inputs=None, labels=None, reason="the deadline passed")
+    inputs = belief.mean.view(1, *target.input_shape)
+    film = _film(target, belief, label)
+    residual = target.residual(inputs, label)
+    film.take(film.history[-1][0] + 1, residual, inputs)
+    context.progress(Progress(method="rgap", evaluations=1, residual=residual, seconds_left=context.seconds_left))
+    return Answer(inputs=inputs, labels=label, film=film, belief=belief, evaluations=len(film.history))
+
+
+def _check_rank_one(target: Target) -> None:
+    """One example's gradient of a linear layer is an outer product; the sum over several examples is not."""
+    weight, bias = target.tensors(target.gradient)[-2:]
+    known = target.tensors(target.known)[-2]
+    error = bias[:, None] * known
+    features = (weight * error).sum(0) / error.square().sum(0).clamp(min=torch.finfo(error.dtype).tiny)
+    rest = torch.linalg.vector_norm(weight - error * features) / torch.linalg.vector_norm(weight)
+    if not rest <= RANK_ONE:
+        raise NoChain(
+            "the last layer's gradient is not an outer product: more than one example in the batch, or a gradient that "
+            "was changed"
+        )
+
+
+def _film(target: Target, belief: Belief, label: Tensor) -> Film:
+    """How the picture emerges from the first layer's equations: conjugate gradients on them, for the eye only.
+
+    The answer itself is solved directly; the iterates show which part of it is easy.
+    """
+    film = Film()
+    low, high = target.input_range
+    x = torch.full_like(belief.mean, (low + high) / 2)
+    scale = 1 / belief.precision.diagonal()
+    r = belief.weighted - belief.precision @ x
+    z = scale * r
+    p = z
+    for iteration in range(MAX_FRAMES - 1):
+        inputs = x.view(1, *target.input_shape)
+        film.take(iteration, target.residual(inputs, label), inputs)
+        q = belief.precision @ p
+        rz = r @ z
+        if not rz > 0:
+            break
+        x = x + (step := rz / (p @ q)) * p
+        r = r - step * q
+        z = scale * r
+        p = z + (r @ z) / rz * p
+    return film

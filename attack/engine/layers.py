@@ -1,0 +1,125 @@
+"""The exact algebra of single layers: what a layer's output and its weights' gradient say, linearly, of its input.
+
+For one example, a linear or convolutional layer z = F u + b with error e = d loss / d z gives two kinds of equations in
+its input u: *forward rows*, F u = z - b, and *gradient rows*, dW = E(e) u. In the gradient of the weight of one input
+channel only that channel takes part, so the gradient rows are one block E, the same for every channel:
+
+    Linear  dW[o, i] = e[o] u[i]                                     E: (outputs, 1)
+    Conv2d  dW[o, i, k] = sum over positions p of e[o, p] u[i, p + k]   E: (outputs x kernel, height x width)
+
+An activation has no weights; its inverse carries a known output to a known input. Knows neither model nor observation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_input
+
+from attack.engine.chain import Link, NoChain
+
+RESHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout2d)
+"""Layers that change no value in evaluation mode."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Activation:
+    """An elementwise function that can be undone from its output h."""
+
+    inverse: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    """Derivative at the input that gave h; 0 where h does not tell that input."""
+    mean: float
+    """Prior of an output: where it lies when nothing else is known, ..."""
+    variance: float
+    """... and how far from there."""
+
+
+EDGE = 1e-9
+"""How near to its asymptote an output may lie before it is moved off it, so that its logarithm is finite."""
+
+
+def activation(module: nn.Module) -> Activation | None:
+    """The inverse of a module, or None where it is not an activation that has one."""
+    if isinstance(module, nn.Sigmoid):
+        return Activation(
+            inverse=lambda h: torch.logit(h, eps=EDGE),
+            slope=lambda h: (h * (1 - h)).clamp(min=EDGE),
+            mean=0.5,
+            variance=1 / 12,
+        )
+    if isinstance(module, nn.Tanh):
+        return Activation(
+            inverse=lambda h: torch.atanh(h.clamp(EDGE - 1, 1 - EDGE)),
+            slope=lambda h: (1 - h * h).clamp(min=EDGE),
+            mean=0.0,
+            variance=1 / 3,
+        )
+    if isinstance(module, nn.ReLU):
+        # A unit counts as off below 1e-4 of the largest: a float32 gradient knows its input to about 1e-6.
+        return Activation(inverse=lambda h: h, slope=lambda h: (h > 1e-4 * h.max()).to(h.dtype), mean=0.0, variance=1e4)
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope > 0:
+        below = module.negative_slope
+        return Activation(
+            inverse=lambda h: torch.where(h > 0, h, h / below),
+            slope=lambda h: torch.where(h > 0, 1.0, below).to(h.dtype),
+            mean=0.0,
+            variance=1e4,
+        )
+    return None
+
+
+def check(links: list[Link]) -> None:
+    """Raises NoChain where a link has no inverse here, naming the last such link."""
+    for link in reversed(links):
+        module, kind = link.module, type(link.module).__name__
+        if isinstance(module, nn.Conv2d):
+            if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
+                raise NoChain(f"layer {link.name}: only convolutions with one group and zero padding are walked back")
+        elif not (isinstance(module, (nn.Linear, *RESHAPES)) or activation(module)):
+            raise NoChain(f"layer {link.name} ({kind}) has no closed inverse")
+    if not links or not isinstance(links[-1].module, nn.Linear) or links[-1].module.bias is None:
+        raise NoChain("the last layer is not linear with a bias")
+
+
+def pull_back(link: Link, rows: Tensor) -> Tensor:
+    """rows @ F: (rows, outputs) -> (rows, inputs). Each row is a covector of the layer's output."""
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return rows @ module.weight
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    return conv2d_input(
+        [len(rows), *link.input_shape],
+        module.weight,
+        rows.reshape(len(rows), *link.output_shape),
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+    ).flatten(1)
+
+
+def gradient_rows(link: Link, error: Tensor) -> Tensor:
+    """E: (outputs x kernel, elements of one input channel), from the error at the layer's output, flat."""
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return error[:, None]
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    height, width = link.input_shape[1:]
+    basis = torch.eye(height * width, dtype=error.dtype, device=error.device).view(-1, 1, height, width)
+    patches = functional.unfold(
+        basis,
+        module.weight.shape[2:],
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+    )  # (elements, kernel, positions)
+    return torch.einsum("qkp,op->okq", patches, error.view(module.out_channels, -1)).flatten(0, 1)
+
+
+def by_channel(link: Link, weight_gradient: Tensor) -> Tensor:
+    """The weight's gradient as (outputs x kernel, input channels), in the order of `gradient_rows`."""
+    return weight_gradient.flatten(2).transpose(1, 2).flatten(0, 1) if weight_gradient.ndim > 2 else weight_gradient

@@ -1,0 +1,209 @@
+"""What every attack matches: one observed gradient, the public model at the observed weights, and how exact both are.
+
+In: an `Observation` and the declared `Knowledge`. Out: a `Target` in float64, or `Refused`. It knows no truth, and
+decides nothing about how to search.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from attack.errors import AttackError
+from attack.observation import Knowledge, Known, Observation
+from harness.models import LOSSES, load_model
+
+FLOAT32_ERROR = 2.5e-7
+"""Error of a gradient element computed in float32, in units of its tensor's root mean square: four times the unit
+roundoff. Measured on LeNet, float32 against float64: 2e-7 to 1e-6 over the whole gradient."""
+
+
+class Refused(Exception):
+    """An observation that no attack can start on, with the reason in one line."""
+
+    def __init__(self, reason: str, *, observed: bool) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.observed = observed
+        """False where the wire did not show enough; True where what it showed cannot be inverted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One gradient to be explained by a batch."""
+
+    model: nn.Module
+    """At the observed weights, float64. Evaluation mode, so that dropout is off; but batch norm normalizes by the
+    batch, as it does in training, and leaves its running statistics alone."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    gradient: Tensor
+    """float64, shape (parameters,); 0 where unknown."""
+    known: Tensor
+    """float64, shape (parameters,): 1 where the gradient is known, else 0."""
+    noise: Tensor
+    """float64, shape (parameters,): standard deviation of each known element's error; infinite where unknown."""
+    shapes: tuple[torch.Size, ...]
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float]
+    classes: int
+    batch_size: int
+    batch_size_assumed: bool
+    """Whether `batch_size` is a guess, because it was not told."""
+    labels: Tensor | None
+    """int64, shape (batch,), where told."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic runs."""
+        return self.gradient.device
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the known gradient."""
+        return float(torch.linalg.vector_norm(self.gradient))
+
+    @property
+    def expected_residual(self) -> float:
+        """The relative residual that the truth itself would leave, from the observation's own error."""
+        return float(torch.linalg.vector_norm(torch.where(self.known > 0, self.noise, 0.0))) / self.norm
+
+    @property
+    def tolerance(self) -> float:
+        """Largest relative residual of an answer that may be called converged.
+
+        On the paper's LeNet a search that stops at 1e-4 has a mean squared error of about 1e-4 (6e-5 to 2e-4 over eight
+        pictures); a wrong picture or a wrong model leaves more than 1e-2.
+        """
+        return 1e-4 + 4 * self.expected_residual
+
+    def tensors(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """Splits a flat vector into views of the parameters' shapes."""
+        parts = flat.split([math.prod(shape) for shape in self.shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes, strict=True))
+
+    def mismatch(self, inputs: Tensor, labels: Tensor, *, differentiable: bool = False) -> Tensor:
+        """Gradient of a batch less the observed one, over the known elements; flat.
+
+        Args:
+            inputs: float64, shape (batch, *input_shape).
+            labels: int64, shape (batch,), or probabilities, shape (batch, classes).
+            differentiable: whether a derivative of the result will be asked for.
+        """
+        loss = self.loss(self.model(inputs), labels)
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()), create_graph=differentiable)
+        return (torch.cat([gradient.flatten() for gradient in gradients]) - self.gradient) * self.known
+
+    def residual(self, inputs: Tensor, labels: Tensor) -> float:
+        """||gradient of the batch - observed|| / ||observed||, over the known elements."""
+        return float(torch.linalg.vector_norm(self.mismatch(inputs, labels))) / self.norm
+
+
+def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.device) -> Target:
+    """The target that an observation sets.
+
+    Raises:
+        Refused: nothing can be matched: weights or gradient not seen, not finite, or zero.
+        AttackError: the knowledge does not fit the observation.
+    """
+    if observation.weights is None:
+        raise Refused("the weights at this step were not seen", observed=False)
+    known = observation.known != Known.UNKNOWN
+    if not known.any():
+        raise Refused("no element of the gradient was seen", observed=False)
+    seen = observation.gradient[known]
+    if not (seen.isfinite().all() and observation.weights.isfinite().all()):
+        raise Refused("the gradient or the weights hold NaN or infinite values", observed=True)
+    if not seen.any():
+        raise Refused("the gradient is zero: it says nothing of the batch", observed=True)
+    if knowledge.loss not in LOSSES:
+        raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
+
+    model = _model(observation, knowledge)
+    classes = _classes(model, knowledge)
+    gradient = torch.where(known, observation.gradient, 0.0).double()
+    target = Target(
+        model=model.to(device),
+        loss=LOSSES[knowledge.loss],
+        gradient=gradient.to(device),
+        known=known.double().to(device),
+        noise=_noise(observation, known, gradient).to(device),
+        shapes=tuple(parameter.shape for parameter in model.parameters()),
+        input_shape=knowledge.input_shape,
+        input_range=knowledge.input_range,
+        classes=classes,
+        batch_size=_batch_size(knowledge),
+        batch_size_assumed=knowledge.batch_size is None and knowledge.labels is None,
+        labels=None if knowledge.labels is None else torch.tensor(knowledge.labels, device=device),
+    )
+    if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
+        raise AttackError(f"labels {list(knowledge.labels or ())}: model {knowledge.model!r} has {classes} classes")
+    return target
+
+
+def _model(observation: Observation, knowledge: Knowledge) -> nn.Module:
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # a fresh model draws weights; the caller's global generator stays as it was
+        model = load_model(knowledge.model)
+    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    if shapes != tuple(observation.shapes):
+        raise AttackError(
+            f"model {knowledge.model!r} does not fit the traffic: it has {len(shapes)} parameter tensors of "
+            f"{sum(map(math.prod, shapes))} elements, the wire shows {len(observation.shapes)} of "
+            f"{observation.gradient.numel()}; name the model that the job trains"
+        )
+    assert observation.weights is not None
+    model = model.double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.track_running_stats = False
+    with torch.no_grad():
+        _fill(list(model.parameters()), observation.weights)
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if observation.buffers is not None and observation.buffers.numel() == sum(b.numel() for b in buffers):
+            _fill(buffers, observation.buffers)
+    return model
+
+
+def _fill(tensors: list[Tensor] | list[nn.Parameter], flat: Tensor) -> None:
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def _classes(model: nn.Module, knowledge: Knowledge) -> int:
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(_batch_size(knowledge), *knowledge.input_shape, dtype=torch.float64))
+    except (RuntimeError, ValueError) as error:
+        raise AttackError(
+            f"model {knowledge.model!r} does not take inputs of shape {knowledge.input_shape}: {error}"
+        ) from error
+    if logits.ndim != 2:
+        raise AttackError(f"model {knowledge.model!r}: wanted logits (batch, classes), got shape {tuple(logits.shape)}")
+    return logits.shape[1]
+
+
+def _batch_size(knowledge: Knowledge) -> int:
+    told = len(knowledge.labels) if knowledge.labels is not None else 1
+    size = told if knowledge.batch_size is None else knowledge.batch_size
+    if size < 1 or (knowledge.labels is not None and size != told):
+        raise AttackError(f"batch size {size} and {told} labels do not fit together")
+    return size
+
+
+def _noise(observation: Observation, known: Tensor, gradient: Tensor) -> Tensor:
+    """float32 rounding of the sender's arithmetic and, where differenced, an error uniform within the bound."""
+    parts = []
+    sizes = [math.prod(shape) for shape in observation.shapes]
+    bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
+    smallest = FLOAT32_ERROR * torch.finfo(torch.float32).eps * float(gradient.abs().max())
+    for part, seen, error in zip(gradient.split(sizes), known.split(sizes), bound.split(sizes), strict=True):
+        scale = part.square().sum().div(seen.sum().clamp(min=1)).sqrt()
+        rounding = (FLOAT32_ERROR * scale).clamp(min=smallest)
+        parts.append(torch.where(seen, torch.hypot(rounding, error / math.sqrt(3)), math.inf))
+    return torch.cat(parts)

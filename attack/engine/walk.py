@@ -1,0 +1,178 @@
+"""The walk back: from the gradient of a chain of layers to its one input, layer by layer, in closed form.
+
+At each layer with weights the output z and the error e = d loss / d z are known from the layer above, and the input u
+solves one weighted least-squares problem: forward rows F u = z - b, and gradient rows E(e) u = dW
+(`attack.engine.layers`). Its solution is a Gaussian belief on u, mean and precision; the activation below carries it
+to the next output, and F and the activation's slope carry the error. So a direction in which one layer says little is
+left to the layers below.
+
+How far the error e itself may be off is carried along as samples: they widen the noise of the gradient rows, and
+without them the answer's own variance is ten to a thousand times too small. Knows neither label nor truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from attack.engine.chain import Link, NoChain
+from attack.engine.context import Context
+from attack.engine.layers import Activation, activation, by_channel, gradient_rows, pull_back
+from attack.engine.target import Target
+
+MAX_UNKNOWNS = 4096
+"""Inputs of one layer: a precision matrix of 4096 x 4096 takes 134 MB, and its factor 23 Gflop."""
+SAMPLES = 32
+"""They estimate a mean square: 32 of thousands of elements each give it within a tenth."""
+
+
+class OutOfTime(Exception):
+    """The deadline passed between two layers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Belief:
+    """What is known of one tensor of the forward pass, and of the loss's derivative by it. All flat, float64."""
+
+    mean: Tensor
+    precision: Tensor
+    """Inverse covariance, shape (elements, elements)."""
+    weighted: Tensor
+    """precision @ mean: the right-hand side of the normal equations."""
+    samples: Tensor
+    """Draws from the belief, shape (samples, elements)."""
+    error: Tensor
+    error_samples: Tensor
+    """Draws of the error, each beside the draw of `samples` of the same row."""
+
+    @property
+    def variance(self) -> float:
+        """Mean over the elements."""
+        return float((self.samples - self.mean).square().mean())
+
+
+@torch.no_grad()
+def walk_back(target: Target, links: list[Link], context: Context) -> Belief:
+    """The belief on the chain's input.
+
+    Raises:
+        NoChain: a layer is too large, or its equations have no solution.
+        OutOfTime: the deadline passed.
+    """
+    belief = _at_logits(target, links, context)
+    parameters = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
+    gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
+    for index in range(len(links) - 1, -1, -1):
+        link = links[index]
+        inverse = activation(link.module)
+        if inverse:
+            belief = _through(inverse, belief)
+        elif hasattr(link.module, "weight"):
+            if not context.seconds_left:
+                raise OutOfTime
+            at = parameters[id(link.module.weight)]
+            prior = _prior(links[:index], target)
+            belief = _solve(link, belief, gradients[at], noises[at], prior, context)
+    return belief
+
+
+def _at_logits(target: Target, links: list[Link], context: Context) -> Belief:
+    """Nothing is known of the logits, but their error is: the gradient of the last bias."""
+    error, noise = target.tensors(target.gradient)[-1], target.tensors(target.noise)[-1]
+    if error.shape != links[-1].output_shape or not noise.isfinite().all():
+        raise NoChain("the gradient of the last layer's bias is not known in full")
+    zeros = torch.zeros_like(error)
+    return Belief(
+        mean=zeros,
+        precision=torch.zeros(len(error), len(error), dtype=error.dtype, device=error.device),
+        weighted=zeros,
+        samples=zeros.expand(SAMPLES, -1),
+        error=error,
+        error_samples=error + noise * _normal((SAMPLES, len(error)), context).to(error),
+    )
+
+
+def _through(inverse: Activation, belief: Belief) -> Belief:
+    """From an activation's output to its input, by its inverse and its slope there."""
+    mean, slope = inverse.inverse(belief.mean), inverse.slope(belief.mean)
+    precision = slope[:, None] * belief.precision * slope
+    return Belief(
+        mean=mean,
+        precision=precision,
+        weighted=precision @ mean,
+        samples=inverse.inverse(belief.samples),
+        error=belief.error * slope,
+        error_samples=belief.error_samples * inverse.slope(belief.samples),
+    )
+
+
+def _prior(below: list[Link], target: Target) -> tuple[float, float]:
+    """Mean and variance of an element of a layer's input before anything is seen; they matter where nothing is."""
+    for link in reversed(below):
+        inverse = activation(link.module)
+        if inverse:
+            return inverse.mean, inverse.variance
+        if hasattr(link.module, "weight"):
+            return 0.0, 1e4
+    low, high = target.input_range
+    return (low + high) / 2, (high - low) ** 2 / 12
+
+
+def _solve(
+    link: Link, belief: Belief, gradient: Tensor, noise: Tensor, prior: tuple[float, float], context: Context
+) -> Belief:
+    """From a layer's output to its input, by forward rows, gradient rows and prior, each with its weight."""
+    if link.inputs > MAX_UNKNOWNS:
+        raise NoChain(f"layer {link.name} has {link.inputs} inputs; at most {MAX_UNKNOWNS} are solved for at once")
+    module, (mean, variance) = link.module, prior
+    offset = torch.zeros_like(belief.mean)
+    if module.bias is not None:
+        offset = module.bias.repeat_interleave(len(offset) // len(module.bias))  # type: ignore[arg-type,operator]
+
+    # Forward rows: F^T P F and F^T P (z - b), with P the precision of z.
+    half = pull_back(link, belief.precision)
+    precision = pull_back(link, half.T.contiguous()).contiguous()
+    weighted = pull_back(link, (belief.weighted - belief.precision @ offset)[None])[0]
+
+    # Gradient rows. An error that is off by d moves a row by the sum of d times u: u is of the prior's size.
+    rows, targets, row_noise = gradient_rows(link, belief.error), by_channel(link, gradient), by_channel(link, noise)
+    doubt = (belief.error_samples - belief.error).view(SAMPLES, gradient.shape[0], -1).square().mean(0).sum(-1)
+    doubt = doubt.repeat_interleave(len(rows) // len(doubt)) * (mean**2 + variance)
+    weights = 1 / (row_noise.square() + doubt[:, None])  # (rows, channels); 0 where the gradient is not known
+    channels, size = targets.shape[1], rows.shape[1]
+    blocks = (rows.T * weights.T[:, None, :]) @ rows  # (channels, size, size)
+    precision.view(channels, size, channels, size).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
+    weighted = weighted + (rows.T @ (weights * targets)).T.flatten()
+
+    precision.diagonal().add_(1 / variance)
+    weighted = weighted + mean / variance
+    factor = _factor(precision, link)
+    solution = torch.cholesky_solve(weighted[:, None], factor)[:, 0]
+    draws = _normal((link.inputs, SAMPLES), context).to(solution)
+    samples = solution + torch.linalg.solve_triangular(factor.T, draws, upper=True).T
+    errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
+    return Belief(
+        mean=solution,
+        precision=precision,
+        weighted=weighted,
+        samples=samples,
+        error=errors[0],
+        error_samples=errors[1:],
+    )
+
+
+def _factor(precision: Tensor, link: Link) -> Tensor:
+    """Cholesky factor. Where float64 cannot tell the smallest eigenvalues from zero, their directions are damped."""
+    factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed:
+        precision.diagonal().add_(1e-13 * precision.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(precision)
+    if failed:
+        raise NoChain(f"layer {link.name}: its equations are too ill-conditioned for float64")
+    return factor
+
+
+def _normal(shape: tuple[int, ...], context: Context) -> Tensor:
+    return torch.randn(shape, generator=context.generator, dtype=torch.float64)

@@ -1,0 +1,115 @@
+"""One observation -> one reconstruction: prepare the target, run a method on it, and judge what it proposes.
+
+Every method is judged alike, by the gradient match and its conditioning. Nothing here has a way to the truth.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from attack.algorithms import METHODS, Answer, Reconstruction, Status
+from attack.certificate import predict_mse
+from attack.engine.context import Context, Progress
+from attack.engine.target import Refused, Target, prepare
+from attack.errors import AttackError
+from attack.observation import Knowledge, Observation
+
+DEADLINE_S = 120.0
+UNDETERMINED = 1e-2
+"""Predicted mean squared error, in units of the squared input range, above which a match is no reconstruction: many
+different pictures match as well. 20 dB."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is a GPU where there is one. Raises: AttackError for a device that torch does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise AttackError(f"device {name!r}: {str(error).splitlines()[0]}; wanted auto, cpu or cuda") from error
+    return torch.device(name)
+
+
+def reconstruct(
+    observation: Observation,
+    knowledge: Knowledge,
+    *,
+    method: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    deadline_s: float = DEADLINE_S,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> Reconstruction:
+    """Attacks one observation. The random draws depend on the seed, the rank and the step, and on nothing else.
+
+    Returns: a reconstruction with inputs and labels where it converged, else one with the reason why not.
+
+    Raises: AttackError: the method, the device or the knowledge cannot be.
+    """
+    if method not in METHODS:
+        raise AttackError(f"method {method!r} is not known; there are: {', '.join(METHODS)}")
+    here = pick_device(device)
+    start, cpu_start = time.monotonic(), time.process_time()
+    entropy = np.random.SeedSequence([seed, observation.rank, observation.step]).generate_state(1)[0]
+    context = Context(
+        generator=torch.Generator().manual_seed(int(entropy)), deadline=start + deadline_s, progress=progress
+    )
+    try:
+        target = prepare(observation, knowledge, device=here)
+        outcome = judge(target, METHODS[method](target, context), context)
+        outcome["batch_size_assumed"] = target.batch_size_assumed
+    except Refused as refused:
+        status = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED
+        outcome = {"status": status, "reason": refused.reason}
+    outcome.setdefault("method", None)
+    return Reconstruction(
+        rank=observation.rank,
+        step=observation.step,
+        seconds=time.monotonic() - start,
+        cpu_seconds=time.process_time() - cpu_start,
+        **{**outcome, "method": outcome["method"] or method},
+    )
+
+
+def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
+    """The fields of a `Reconstruction` that an answer earns: its picture only where it converged."""
+    fields: dict[str, Any] = {
+        "status": Status.NOT_CONVERGED,
+        "method": answer.method,
+        "route": answer.route,
+        "history": tuple(answer.film.history),
+        "evaluations": answer.evaluations,
+        "restarts": answer.restarts,
+    }
+    if answer.inputs is None or answer.labels is None:
+        return fields | {"reason": answer.reason}
+    inputs = answer.inputs.detach()
+    labels = answer.labels if answer.soft_labels is None else answer.soft_labels.detach()
+    residual = target.residual(inputs, labels)
+    fields["gradient_residual"] = residual if math.isfinite(residual) else None
+    if not residual <= target.tolerance:
+        reason = (
+            f"its gradient differs by {residual:.1e} of the observed one, at most {target.tolerance:.1e} is a match"
+        )
+        return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
+    predicted = predict_mse(target, inputs, answer.labels, answer.belief, context)
+    fields["predicted_mse"] = predicted
+    low, high = target.input_range
+    if predicted is not None and not predicted <= UNDETERMINED * (high - low) ** 2:
+        return fields | {"reason": f"the gradient matches, but so do other inputs: predicted error {predicted:.1e}"}
+    frames = answer.film.frames
+    return fields | {
+        "status": Status.CONVERGED,
+        "inputs": inputs.float().cpu(),
+        "labels": answer.labels.cpu(),
+        "soft_labels": None if answer.soft_labels is None else answer.soft_labels.detach().float().cpu(),
+        "frames": torch.stack([frame for _, frame in frames]) if frames else None,
+        "frame_iterations": tuple(iteration for iteration, _ in frames),
+    }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 
@@ -53,7 +56,20 @@ def parse(arguments: Sequence[str]) -> Command:
     # Only the named command's module is imported: torch takes seconds, and --help must not.
     chosen = [name for name in COMMANDS if arguments and arguments[0] == name] or list(COMMANDS)
     commands = {name: getattr(importlib.import_module(f"nodes.commands.{name}"), COMMANDS[name]) for name in chosen}
-    return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))
+    except SystemExit as end:
+        if end.code:
+            fail(one_line(said.getvalue()), code=2)
+        raise
+
+
+def one_line(box: str) -> str:
+    """What tyro draws as a box of several lines, as the one line that an error is here."""
+    lines = [re.sub(r"^[\u2500-\u257f ]+|[\u2500-\u257f ]+$", "", line) for line in box.splitlines()]
+    return re.sub(r"(\w)\s+(For full helptext)", r"\1. \2", " ".join(filter(None, lines)))
 
 
 def show(result: Result, *, as_json: bool) -> None:

@@ -16,9 +16,9 @@ from attack.engine.layers import check
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, walk_back
 
-SAFETY = 8.0
-"""The belief is linearized at each layer. On 40 LeNets the true error was 0.2 to 4 times its variance; with this
-factor the prediction is meant to lie above the truth, and within some ten times of it."""
+SAFETY = 3.0
+"""The belief is linearized at each layer, and the errors that layers share are taken as independent. On 60 LeNets,
+fresh and after three steps, the true error was 0.08 to 2.4 times its variance."""
 DRAWS = 4
 
 
@@ -46,4 +46,5 @@ def predict_mse(
     own = target.residual(belief.mean.view_as(inputs), labels)
     drawn = sum(target.residual(draw.view_as(inputs), labels) for draw in belief.samples[:DRAWS]) / DRAWS
     distance = float((inputs.flatten() - belief.mean).square().mean())
-    return SAFETY * (belief.variance * max(1.0, own / drawn) ** 2 + distance)
+    rounding = float(inputs.float().sub(inputs).square().mean())  # an answer is kept as float32
+    return SAFETY * (rounding + belief.variance * max(1.0, own / drawn) ** 2 + distance)

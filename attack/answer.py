@@ -1,0 +1,130 @@
+"""The files of an attack's answer: `attack.json`, `reconstructions.safetensors`, and a picture for each example.
+
+In: reconstructions. Out: files, and what is read back from them. It knows no model and never opens the truth.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor
+
+from attack.algorithms import Reconstruction
+from attack.errors import AttackError
+from attack.files import write_atomically
+
+ANSWER, TENSORS, PICTURES = "attack.json", "reconstructions.safetensors", "pictures"
+HISTORY_POINTS = 100
+"""Points of the gradient match over iterations that `attack.json` keeps of each victim."""
+SCALARS = (
+    "rank", "step", "status", "method", "route", "reason", "gradient_residual", "predicted_mse", "seconds",
+    "cpu_seconds", "evaluations", "restarts", "batch_size_assumed",
+)  # fmt: skip
+"""Fields of a `Reconstruction` that a victim's entry holds as they are."""
+
+
+def victim_name(rank: int, step: int) -> str:
+    """`step3.rank1`: how a victim's tensors and pictures begin, in the answer and in the truth."""
+    return f"step{step}.rank{rank}"
+
+
+def describe(found: Reconstruction) -> dict[str, Any]:
+    """One entry of `victims[]`: plain numbers and texts."""
+    stride = max(1, math.ceil(len(found.history) / HISTORY_POINTS))
+    points = [*found.history[:-1:stride], *found.history[-1:]]
+    return {
+        **{name: getattr(found, name) for name in SCALARS},
+        "status": found.status.value,
+        "labels": None if found.labels is None else found.labels.tolist(),
+        "history": [list(point) for point in points],
+    }
+
+
+def write_answer(
+    out: Path,
+    answer: Mapping[str, Any],
+    reconstructions: Sequence[Reconstruction],
+    input_range: tuple[float, float],
+) -> dict[str, Any]:
+    """Pictures and tensors first, `attack.json` last: where it stands, the answer is whole.
+
+    Returns: what `attack.json` holds: plain values, NaN and infinities as None.
+    """
+    (out / ANSWER).unlink(missing_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for found in reconstructions:
+        if found.inputs is None or found.labels is None:
+            continue
+        name = victim_name(found.rank, found.step)
+        tensors[f"{name}.inputs"] = found.inputs.contiguous()
+        tensors[f"{name}.labels"] = found.labels
+        if found.soft_labels is not None:
+            tensors[f"{name}.soft_labels"] = found.soft_labels.contiguous()
+        if found.frames is not None:
+            tensors[f"{name}.frames"] = found.frames.contiguous()
+            tensors[f"{name}.frame_iterations"] = torch.tensor(found.frame_iterations)
+        for index, example in enumerate(found.inputs):
+            picture = to_picture(example, input_range)
+            if picture is not None:
+                write_atomically(out / PICTURES / f"{name}.example{index}.png", to_png(picture))
+    write_atomically(out / TENSORS, safetensors.torch.save(tensors))
+    plain: dict[str, Any] = to_plain(answer)
+    write_atomically(out / ANSWER, json.dumps(plain, indent=1, allow_nan=False))
+    return plain
+
+
+def to_plain(value: Any) -> Any:
+    """What strict JSON can hold: lists for tuples, and None for NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, *, hint: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises: AttackError, one line that names the file and what to do (`hint`)."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise AttackError(f"{path}: no such file; {hint}") from None
+    except (ValueError, OSError) as error:
+        raise AttackError(f"{path}: damaged, or not JSON ({error}); {hint}") from error
+    if not isinstance(content, dict):
+        raise AttackError(f"{path}: wanted a JSON object, got {type(content).__name__}; {hint}")
+    return content
+
+
+def read_tensors(path: Path, *, hint: str) -> dict[str, Tensor]:
+    """All tensors of a file. Raises: AttackError, one line that names the file and what to do (`hint`)."""
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise AttackError(f"{path}: no such file; {hint}") from None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise AttackError(f"{path}: damaged, or not safetensors ({error}); {hint}") from error
+
+
+def to_picture(example: Tensor, input_range: tuple[float, float]) -> Image.Image | None:
+    """An example as a picture, its range mapped to black and white; None for a shape that is not one."""
+    if example.ndim != 3 or example.shape[0] not in (1, 3):
+        return None
+    low, high = input_range
+    unit = ((example.float() - low) / (high - low)).nan_to_num().clamp(0, 1)
+    pixels = (unit * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """The bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

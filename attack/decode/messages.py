@@ -20,6 +20,8 @@ class Message:
 
     offset: int
     """Of the message's first byte in its stream."""
+    payload_at: int
+    """Offset of the payload's first byte."""
     header: Header
     payload: bytearray
     """Of exactly `header.size` bytes; the parts in `holes` read as zero and mean nothing."""
@@ -47,6 +49,11 @@ class MessageDecoder:
         self._runs = runs
         self._first: Frame | None = None  # a frame that waits for the next one of its message
         self._count = 0  # frames of the message so far
+        self._doubts: list[tuple[int, int]] = []
+
+    def doubt(self, start: int, stop: int) -> None:
+        """Says that these bytes of the stream, if they are still to come, are not to be trusted."""
+        self._doubts.append((start, stop))
 
     def feed(self, event: Event) -> Iterator[Item]:
         """The messages that this event completes."""
@@ -76,5 +83,11 @@ class MessageDecoder:
         if header.size != len(last.body):
             why = f"{header.kind}: wanted {header.size} bytes of payload, got {len(last.body)}"
             return Refused(offset=at, why=why, foreign=False)
+        begin, end = last.body_at, last.body_at + header.size
+        self._doubts = [doubt for doubt in self._doubts if doubt[1] > at]
+        if any(start < begin for start, _ in self._doubts):
+            return Refused(offset=at, why="two different copies of its header", foreign=False)
+        doubts = [(max(start, begin) - begin, min(stop, end) - begin) for start, stop in self._doubts if start < end]
         self._runs.add(header.run)
-        return Message(offset=at, header=header, payload=last.body, holes=last.holes)
+        holes = tuple(sorted([*last.holes, *doubts]))
+        return Message(offset=at, payload_at=begin, header=header, payload=last.body, holes=holes)

@@ -17,7 +17,7 @@ from attack.capture.streams import Flow
 from attack.decode.averages import Difference, Float32, average, difference, same
 from attack.decode.messages import Message
 from attack.decode.notes import Notes
-from attack.decode.vector import Mask, Piece, Place, Vector
+from attack.decode.vector import Mask, Origin, Piece, Place, Vector
 from attack.observation import Known
 from harness.wire import Header, Kind, Layout, WireError
 
@@ -103,10 +103,12 @@ class Session:
         self._silenced: set[Flow] = set()
         self._progress: dict[Flow, int] = {}
         self._steps: dict[int, _Step] = {}
+        self._changed = False
         self._next = 0  # steps below this have been given out
         self._first: int | None = None  # the first step that was given out
         self._weights: dict[int, Vector] = {}
         self._weights_total: int | None = None
+        self._hellos: list[Origin] = []
 
     @property
     def world_size(self) -> int | None:
@@ -117,6 +119,7 @@ class Session:
         """Takes in one message of this run."""
         header = message.header
         self._heard.add(flow)
+        self._changed = True
         why = self._unwanted(flow, header) or self._take(flow, message)
         if why is not None:
             chunk = f" for {_place(header)}" if header.count else ""
@@ -126,12 +129,27 @@ class Session:
         """Says that this direction has holes: what is missing there may have been sent."""
         self._silenced.add(flow)
 
+    def doubt(self, flow: Flow, start: int, stop: int) -> None:
+        """Says that these bytes of a stream, taken in or still to come, are not to be trusted."""
+        vectors = [*self._weights.values()]
+        for step in self._steps.values():
+            vectors += [step.averages, *step.gradients.values()]
+        doubted = [vector.doubt(flow, start, stop) for vector in vectors]
+        if any(one.flow == flow and start < one.end and stop > one.begin for one in self._hellos):
+            self._dispute_layout()
+        where = "left unknown" if any(doubted) else "no gradient in flight is built from them"
+        self._notes.add(f"flow {flow}, byte {start}: {stop - start} bytes were captured twice, and differ: {where}")
+
     def close(self, flow: Flow) -> None:
         """Says that this direction will not go on."""
         self._progress.pop(flow, None)
+        self._changed = True
 
     def steps(self, *, end: bool = False) -> Iterator[DecodedStep]:
         """The steps of which nothing more is to come, in order; at the end, all."""
+        if not (self._changed or end):
+            return
+        self._changed = False
         while self._steps:
             step = min(self._steps)
             crowded = (
@@ -192,9 +210,10 @@ class Session:
         self._progress[flow] = header.step if header.kind in (Kind.GRADIENT, Kind.AVERAGE) else -1
         match header.kind:
             case Kind.HELLO:
+                self._hellos.append(_origin(flow, message))
                 return self._join(message)
             case Kind.WEIGHTS:
-                return self._add_weights(message)
+                return self._add_weights(flow, message)
             case Kind.GRADIENT | Kind.AVERAGE:
                 return self._add_chunk(flow, message)
             case Kind.ERROR:
@@ -211,7 +230,7 @@ class Session:
         except WireError as error:
             return str(error)
         if self._layout_disputed or (self.layout is not None and layout != self.layout):
-            self.layout, self._layout_disputed = None, True
+            self._dispute_layout()
             return "ranks disagree on the model's layout: neither shapes nor the number of ranks are believed"
         self.layout = layout
         if self.total not in (None, layout.parameter_count):
@@ -219,14 +238,17 @@ class Session:
         self.total = layout.parameter_count
         return None
 
-    def _add_weights(self, message: Message) -> str | None:
+    def _dispute_layout(self) -> None:
+        self.layout, self._layout_disputed = None, True
+
+    def _add_weights(self, flow: Flow, message: Message) -> str | None:
         header = message.header
         if self.layout is not None:
             self._weights_total = self.layout.parameter_count + self.layout.buffer_count
         if (why := _implausible(header, self._weights_total)) is not None:
             return why
         self._weights_total = header.total
-        return self._weights.setdefault(header.step, Vector()).add(_piece(message, tag=None))
+        return self._weights.setdefault(header.step, Vector()).add(_piece(flow, message, tag=None))
 
     def _add_chunk(self, flow: Flow, message: Message) -> str | None:
         header = message.header
@@ -238,8 +260,8 @@ class Session:
         step = self._steps.setdefault(header.step, _Step())
         step.named.setdefault(_place(header), set()).add(flow)
         if header.kind is Kind.AVERAGE:
-            return step.averages.add(_piece(message, tag=header.rank))
-        return step.gradients.setdefault(header.rank, Vector()).add(_piece(message, tag=_defense(header)))
+            return step.averages.add(_piece(flow, message, tag=header.rank))
+        return step.gradients.setdefault(header.rank, Vector()).add(_piece(flow, message, tag=_defense(header)))
 
     def _decode(self, step: int, seen: _Step) -> DecodedStep | None:
         """What the chunks of a step prove together; None where they prove nothing."""
@@ -363,8 +385,12 @@ def _place(header: Header) -> Place:
     return Place(header.at, header.at + header.count)
 
 
-def _piece(message: Message, tag: Hashable) -> Piece:
-    return Piece(_place(message.header), message.payload, message.holes, tag)
+def _origin(flow: Flow, message: Message) -> Origin:
+    return Origin(flow, message.offset, message.payload_at, message.payload_at + message.header.size)
+
+
+def _piece(flow: Flow, message: Message, tag: Hashable) -> Piece:
+    return Piece(_place(message.header), message.payload, message.holes, tag, _origin(flow, message))
 
 
 def _defense(header: Header) -> str | None:

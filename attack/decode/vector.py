@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from attack.capture.streams import Flow
 from attack.decode.averages import Float32, same
 from attack.decode.zmtp import Holes
 
@@ -39,19 +40,33 @@ class Place(NamedTuple):
         return f"elements {self.at} to {self.stop}"
 
 
+class Origin(NamedTuple):
+    """Where a message lies in its stream."""
+
+    flow: Flow
+    begin: int
+    payload: int
+    """Offset of the payload's first byte; before it is the header."""
+    end: int
+
+
 class Piece:
     """What was seen of one place, from one message or from several that agree."""
 
-    def __init__(self, place: Place, payload: bytearray, holes: Holes, tag: Hashable) -> None:
+    def __init__(self, place: Place, payload: bytearray, holes: Holes, tag: Hashable, origin: Origin) -> None:
         """`tag` is what two messages about the same place must agree on beside the values."""
-        self.place, self.tag = place, tag
+        self.place, self.tag, self.origins = place, tag, [origin]
         self.values: Float32 = np.frombuffer(payload, "<f4")
         self.known: Mask | None = None
         """None where every element is known."""
-        if holes:
-            self.known = np.ones(place.size, np.bool_)
-            for start, stop in holes:
-                self.known[start // 4 : -(-stop // 4)] = False
+        for start, stop in holes:
+            self.forget(start, stop)
+
+    def forget(self, start: int, stop: int) -> None:
+        """Bytes of the payload that are not known."""
+        if self.known is None:
+            self.known = np.ones(self.place.size, np.bool_)
+        self.known[start // 4 : -(-stop // 4)] = False
 
     def agrees(self, other: Piece) -> bool:
         """Whether the other says nothing else of the elements that both know."""
@@ -63,6 +78,7 @@ class Piece:
 
     def learn(self, other: Piece) -> None:
         """Takes over the elements that only the other knows."""
+        self.origins += other.origins
         if self.known is None:
             return
         if other.known is None:
@@ -112,6 +128,18 @@ class Vector:
         self._pieces[piece.place] = piece
         self.bytes += piece.values.nbytes
         return None
+
+    def doubt(self, flow: Flow, start: int, stop: int) -> bool:
+        """Bytes of a stream turned out not to be trusted: forgets what was built from them. Returns whether it did."""
+        doubted = False
+        for piece in list(self):
+            for origin in piece.origins:
+                if origin.flow == flow and start < origin.end and stop > origin.begin:
+                    doubted = True
+                    if start < origin.payload:
+                        self._strike(piece.place)
+                    piece.forget(max(start - origin.payload, 0), min(stop, origin.end) - origin.payload)
+        return doubted
 
     def overlaps(self, place: Place) -> bool:
         """Whether anything was ever said of a part of this place."""

@@ -75,6 +75,8 @@ class Frame:
 
     offset: int
     """Of the frame's first byte, which is its flags, in the stream."""
+    body_at: int
+    """Offset of the body's first byte."""
     more: bool
     """Whether another frame of the same message follows."""
     body: bytearray
@@ -164,7 +166,7 @@ class ZmtpDecoder:
         self._got = 0
         self._holes: list[tuple[int, int]] = []
         self._flags = 0
-        self._frame_at = 0
+        self._frame_at = self._body_at = 0
         self._window = bytearray()  # while framing is lost: bytes that the anchor has not ruled out yet
         self._wanted = 1
         self._lost_at = 0
@@ -281,6 +283,7 @@ class ZmtpDecoder:
             raise self._error(f"a frame of {size} bytes, at most {self._max_frame_bytes}", at=self._frame_at)
         if self._shaking and not flags & COMMAND:
             raise self._error("wanted a command of the handshake, got a message", at=self._frame_at)
+        self._body_at = self._offset
         self._begin("body", size)
 
     def _read_body(self) -> Event | None:
@@ -288,7 +291,11 @@ class ZmtpDecoder:
             if self._sealed:
                 return Sealed(offset=self._frame_at, size=len(self._part))
             return Frame(
-                offset=self._frame_at, more=bool(self._flags & MORE), body=self._part, holes=tuple(self._holes)
+                offset=self._frame_at,
+                body_at=self._body_at,
+                more=bool(self._flags & MORE),
+                body=self._part,
+                holes=tuple(self._holes),
             )
         if self._holes:
             self._shaking = False  # it may have been the handshake's last

@@ -1,0 +1,155 @@
+"""Observations <-> one safetensors file, whole or not at all.
+
+    step{S}.rank{R}.gradient, .known, .bound (where there is one)   step{S}.weights, step{S}.buffers (where known)
+
+The metadata's `gradtap` is JSON: format version, source, shapes, and of each step and rank what is not a tensor. What
+is read back is checked before it is believed. Knows nothing of captures or protocols.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from attack.decode.recording import Recording
+from attack.errors import DecodeError
+from attack.observation import Known, Observation
+
+FORMAT = 1
+_KEY = re.compile(r"step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers)")
+
+
+def write_observations(source: Recording | Iterable[Observation], path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Writes them all. A safetensors file begins with the sizes of all tensors, so they are held until the end.
+
+    Returns:
+        Plain values: `observations`, `steps`, `complete`, and over all elements `known_fraction` and `exact_fraction`.
+    """
+    if isinstance(source, Recording):
+        label, observations = os.fspath(source.path), source.observations()
+    else:
+        label, observations = "", iter(source)
+    tensors: dict[str, Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    shapes: dict[str, Any] = {}
+    elements = known = exact = 0
+    for seen in observations:
+        rank, step = f"step{seen.step}.rank{seen.rank}", f"step{seen.step}"
+        tensors |= {f"{rank}.gradient": seen.gradient, f"{rank}.known": seen.known}
+        for name, tensor in (
+            (f"{rank}.bound", seen.bound),
+            (f"{step}.weights", seen.weights),
+            (f"{step}.buffers", seen.buffers),
+        ):
+            if tensor is not None:
+                tensors[name] = tensor
+        shapes = {"shapes": seen.shapes}
+        entries.append(
+            {
+                "step": seen.step,
+                "rank": seen.rank,
+                "world_size": seen.world_size,
+                "exchange": seen.exchange,
+                "defense": seen.defense,
+            }
+        )
+        elements += seen.known.numel()
+        known += int((seen.known != Known.UNKNOWN).sum())
+        exact += int((seen.known == Known.RAW).sum())
+    document = {"version": FORMAT, "source": label, **shapes, "observations": entries}
+    _save(tensors, {"gradtap": json.dumps(document)}, Path(path))
+    return {
+        "observations": len(entries),
+        "steps": len({entry["step"] for entry in entries}),
+        "complete": sum(bool((tensors[f"step{e['step']}.rank{e['rank']}.known"] != 0).all()) for e in entries),
+        "known_fraction": known / elements if elements else 0.0,
+        "exact_fraction": exact / elements if elements else 0.0,
+    }
+
+
+def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
+    """The observations of a file that `write_observations` wrote, in the same order, one at a time.
+
+    Raises: DecodeError, in one line, where the file is not one, or is damaged.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            document = json.loads((file.metadata() or {}).get("gradtap", "null"))
+            if not isinstance(document, dict) or document.get("version") != FORMAT:
+                raise DecodeError(f"{path}: wanted observations of format {FORMAT}; was it written by gradtap decode?")
+            names = set(file.keys())
+            if strange := [name for name in names if not _KEY.fullmatch(name)]:
+                raise DecodeError(f"{path}: no observation has a tensor {strange[0]!r:.80}")
+            shapes = tuple(tuple(map(int, shape)) for shape in document.get("shapes", ()))
+            for entry in document["observations"]:
+                rank, step = f"step{int(entry['step'])}.rank{int(entry['rank'])}", f"step{int(entry['step'])}"
+                tensors = {
+                    name: file.get_tensor(key) if key in names else None
+                    for name, key in {
+                        **{name: f"{rank}.{name}" for name in ("gradient", "known", "bound")},
+                        **{name: f"{step}.{name}" for name in ("weights", "buffers")},
+                    }.items()
+                }
+                yield _observation(f"{path}: {rank}", entry, tensors, shapes)
+    except OSError as error:
+        raise DecodeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DecodeError(f"{path}: not a file of observations, or a damaged one: {error!r:.200}") from None
+
+
+def _observation(
+    where: str, entry: dict[str, Any], tensors: dict[str, Tensor | None], shapes: tuple[tuple[int, ...], ...]
+) -> Observation:
+    for name, tensor in tensors.items():
+        wanted = torch.uint8 if name == "known" else torch.float32
+        if tensor is None and name in ("gradient", "known"):
+            raise DecodeError(f"{where}: the tensor {name} is missing")
+        if tensor is not None and (tensor.dtype != wanted or tensor.ndim != 1):
+            raise DecodeError(f"{where}: {name}: wanted a flat {wanted}, got {tensor.dtype} {tuple(tensor.shape)}")
+    gradient, known, bound = tensors["gradient"], tensors["known"], tensors["bound"]
+    assert gradient is not None and known is not None
+    if known.numel() != gradient.numel() or sum(torch.Size(shape).numel() for shape in shapes) != gradient.numel():
+        raise DecodeError(
+            f"{where}: wanted {gradient.numel()} elements by the gradient, the mask and the shapes differ"
+        )
+    if (known > max(Known)).any() or (bound is None and (known == Known.DIFFERENCED).any()):
+        raise DecodeError(f"{where}: the mask holds what it cannot, or a bound is missing")
+    return Observation(
+        rank=int(entry["rank"]),
+        step=int(entry["step"]),
+        world_size=int(entry["world_size"]),
+        exchange=str(entry["exchange"]),
+        gradient=gradient,
+        known=known,
+        bound=bound,
+        weights=tensors["weights"],
+        buffers=tensors["buffers"],
+        shapes=shapes,
+        defense=None if entry["defense"] is None else str(entry["defense"]),
+    )
+
+
+def _save(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    """Writes beside the target, then renames: nobody ever sees half a file, and a full disk leaves the old one."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(tensors, name, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp's file is for its owner alone
+        os.replace(name, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,236 @@
+"""The desk's top object: a capture file in; what it holds, and the observations that it proves, out.
+
+Finds out which protocol each stream speaks and hands it to that protocol's reader. Knows no protocol itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from attack.capture.reader import CaptureReader
+from attack.capture.reassembly import read_streams
+from attack.capture.streams import Bytes, Closed, Conflict, Data, Flow, Gap, Opened, StreamEvent
+from attack.decode.notes import Notes
+from attack.decode.protocol import ProtocolReader
+from attack.decode.tls import TlsReader
+from attack.decode.zeromq import ZeromqReader
+from attack.errors import AttackError
+from attack.observation import Observation
+from attack.shadow import build_optimizer
+
+READERS: tuple[type[ProtocolReader], ...] = (ZeromqReader, TlsReader)
+"""Asked in this order for each stream. A stream that is not seen from its start goes to the first, which can find its
+own messages in the middle of anything."""
+
+SNIFF_BYTES = 64
+"""No protocol needs more to be recognized."""
+MAX_GAPS = 1000
+"""Holes that are listed; all are counted."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class _Stream:
+    """One direction of one connection."""
+
+    flow: Flow
+    first_time: float
+    last_time: float
+    from_start: bool
+    bytes: int = 0
+    gap_bytes: int = 0
+    gaps: int = 0
+    head: bytearray | None = dataclasses.field(default_factory=bytearray)
+    """The first bytes, until it is clear what they are."""
+    reader: ProtocolReader | None = None
+    doubts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """What the reader must be told once there is one."""
+
+    @property
+    def protocol(self) -> str:
+        return self.reader.name if self.reader is not None and self.reader.recognizes(self.flow) else "unknown"
+
+
+class Recording:
+    """A capture file at the eavesdropper's desk. Each call of `inspect` or `observations` reads the file once more."""
+
+    def __init__(self, path: str | os.PathLike[str], *, optimizer: str | None = None, run: str | None = None) -> None:
+        """
+        Args:
+            path: pcapng or pcap.
+            optimizer: the job's update rule, e.g. `sgd:lr=0.1`; without it only the first step's weights are known.
+            run: the run to read, in hex, where the capture holds several; None: the first.
+
+        Raises: CaptureError where the file is not a capture, AttackError where an option is wrong.
+        """
+        self.path = path
+        self._optimizer = optimizer
+        if optimizer is not None:
+            build_optimizer(optimizer, [nn.Parameter(torch.zeros(1))])  # a typing error should not wait for the file
+        try:
+            self._run = None if run is None else bytes.fromhex(run)
+        except ValueError:
+            raise AttackError(f"run: wanted hexadecimal digits, got {run!r}") from None
+        self._capture = CaptureReader(path)
+
+    def observations(self) -> Iterator[Observation]:
+        """What the wire proves of each rank at each step, in order of step and then rank.
+
+        Streaming: what was yielded is not kept, and memory does not grow with the capture's length.
+        Raises: CaptureError where the file is damaged, after everything before.
+        """
+        yield from self._desk().observations()
+
+    def inspect(self) -> dict[str, Any]:
+        """What the capture holds, as plain values: the JSON of `gradtap inspect`."""
+        found = self._desk().inspect()
+        statistics = dataclasses.asdict(self._capture.statistics)
+        return {"capture": {"path": os.fspath(self.path), **statistics}, **found}
+
+    def _desk(self) -> Desk:
+        return Desk(read_streams(self._capture), optimizer=self._optimizer, run=self._run)
+
+
+class Desk:
+    """One pass over the streams of a capture."""
+
+    def __init__(
+        self, events: Iterable[StreamEvent], *, optimizer: str | None = None, run: bytes | None = None
+    ) -> None:
+        self.notes = Notes()
+        self._events = events
+        self._readers = [reader(notes=self.notes, optimizer=optimizer, run=run) for reader in READERS]
+        self._streams: dict[Flow, _Stream] = {}
+        self._gaps: list[dict[str, Any]] = []
+
+    def observations(self) -> Iterator[Observation]:
+        """What the streams prove. Ask once."""
+        for event in self._events:
+            match event:
+                case Opened(flow=flow, time=time, from_start=from_start):
+                    self._streams[flow] = _Stream(flow=flow, first_time=time, last_time=time, from_start=from_start)
+                case Data(flow=flow, time=time, payload=payload):
+                    self._receive(self._streams[flow], time, payload)
+                case Gap(flow=flow, time=time, offset=offset, length=length):
+                    self._gap(self._streams[flow], time, offset, length)
+                case Conflict(flow=flow, offset=offset, length=length):
+                    self._doubt(self._streams[flow], offset, offset + length)
+                case Closed(flow=flow, time=time):
+                    self._close(self._streams[flow], time)
+            if (reader := self._streams[event.flow].reader) is not None:
+                yield from reader.observations()
+        for reader in self._readers:
+            yield from reader.observations(end=True)
+
+    def inspect(self) -> dict[str, Any]:
+        """What was found, after a pass. Ask once, and not for `observations` as well."""
+        steps: dict[int, list[dict[str, Any]]] = {}
+        for seen in self.observations():
+            rank = {
+                "rank": seen.rank,
+                "complete": seen.complete,
+                "known_fraction": seen.known_fraction,
+                "exact_fraction": seen.exact_fraction,
+                "weights_known": seen.weights is not None,
+            }
+            steps.setdefault(seen.step, []).append(rank)
+        shapes = next((reader.shapes for reader in self._readers if reader.shapes is not None), None)
+        world_size = next((reader.world_size for reader in self._readers if reader.world_size is not None), None)
+        sealed = [entry for reader in self._readers for entry in reader.sealed()]
+        if self._gaps:
+            total = sum(stream.gap_bytes for stream in self._streams.values())
+            self.notes.add(f"{sum(stream.gaps for stream in self._streams.values())} holes of {total} bytes in all")
+        return {
+            "flows": [self._figures(stream) for stream in self._streams.values()],
+            "protocols": sorted({stream.protocol for stream in self._streams.values()}),
+            "encrypted": bool(sealed),
+            "sealed": sealed,
+            "world_size": world_size,
+            "steps": [{"step": step, "ranks": ranks} for step, ranks in sorted(steps.items())],
+            "parameters": {
+                "count": None if shapes is None else sum(map(math.prod, shapes)),
+                "shapes": None if shapes is None else [list(shape) for shape in shapes],
+            },
+            "gaps": self._gaps,
+            "notes": self.notes.lines(),
+        }
+
+    def _figures(self, stream: _Stream) -> dict[str, Any]:
+        return {
+            "source": stream.flow.source,
+            "destination": stream.flow.destination,
+            "connection": stream.flow.incarnation,
+            "protocol": stream.protocol,
+            "bytes": stream.bytes,
+            "from_start": stream.from_start,
+            "first_time": stream.first_time,
+            "last_time": stream.last_time,
+            "gaps": [
+                {"offset": gap["offset"], "length": gap["length"]}
+                for gap in self._gaps
+                if gap["flow"] == str(stream.flow)
+            ],
+        }
+
+    def _receive(self, stream: _Stream, time: float, payload: Bytes) -> None:
+        stream.last_time = time
+        stream.bytes += len(payload)
+        if stream.head is not None:
+            stream.head += payload
+            payload = stream.head
+            if not self._recognize(stream):
+                return
+        if stream.reader is not None:
+            stream.reader.receive(stream.flow, time, payload)
+
+    def _gap(self, stream: _Stream, time: float, offset: int, length: int) -> None:
+        stream.last_time = time
+        stream.gaps += 1
+        stream.gap_bytes += length
+        if len(self._gaps) < MAX_GAPS:
+            self._gaps.append({"flow": str(stream.flow), "offset": offset, "length": length})
+        if stream.head is not None:
+            head = stream.head
+            self._settle(stream, READERS[0], from_start=False)
+            if head and stream.reader is not None:
+                stream.reader.receive(stream.flow, time, head)
+        if stream.reader is not None:
+            stream.reader.gap(stream.flow, time, length)
+
+    def _doubt(self, stream: _Stream, start: int, stop: int) -> None:
+        if stream.head is not None:
+            stream.doubts.append((start, stop))
+        elif stream.reader is not None:
+            stream.reader.doubt(stream.flow, start, stop)
+
+    def _close(self, stream: _Stream, time: float) -> None:
+        stream.last_time = time
+        if stream.head is None and stream.reader is not None:
+            stream.reader.close(stream.flow)
+
+    def _recognize(self, stream: _Stream) -> bool:
+        """Asks who speaks like this. False where more bytes must tell."""
+        assert stream.head is not None
+        answers = {reader: reader.sniff(bytes(stream.head[:SNIFF_BYTES])) for reader in READERS}
+        for reader, answer in answers.items():
+            if answer:
+                self._settle(stream, reader, from_start=True)
+                return True
+        if None in answers.values():
+            return False
+        self._settle(stream, None if stream.from_start else READERS[0], from_start=False)
+        return True
+
+    def _settle(self, stream: _Stream, reader: type[ProtocolReader] | None, *, from_start: bool) -> None:
+        stream.head = None
+        if reader is not None:
+            stream.reader = self._readers[READERS.index(reader)]
+            stream.reader.open(stream.flow, from_start=from_start)
+            for start, stop in stream.doubts:
+                stream.reader.doubt(stream.flow, start, stop)

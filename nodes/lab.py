@@ -42,7 +42,7 @@ class LabConfig:
 
     nodes: tuple[Node, ...]
     run: Path
-    """The run folder, which exists: gets `wire.pcapng`, `lab.json` and `logs/`."""
+    """The run folder, which exists: gets `wire.pcapng`, `lab.json`, `hosts` (names and addresses) and `logs/`."""
     hosts: tuple[str, ...] = ()
     """Names of hosts with a network namespace and an address each, joined by a switch. Empty: one namespace, where all
     nodes talk over loopback."""
@@ -113,7 +113,8 @@ class LabResult:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return dataclasses.asdict(self) | {"capture": None if self.capture is None else str(self.capture)}
+        capture = None if self.capture is None else str(self.capture)
+        return dataclasses.asdict(self) | {"capture": capture, "log_tail": list(self.log_tail)}
 
 
 def run_lab(config: LabConfig) -> LabResult:

@@ -17,8 +17,8 @@ from typing import Any
 
 from nodes.errors import NodeError
 from nodes.lab import LabConfig, LabResult
-from nodes.namespaces import mount_proc
-from nodes.network import Host, build_hosts, loopback_up
+from nodes.namespaces import mount_file, mount_proc
+from nodes.network import Host, build_hosts, hosts_file, loopback_up
 from nodes.node import Node, NodeEnd, module_argv
 from nodes.supervisor import Stopped, Supervisor
 from nodes.tap import TapResult
@@ -51,9 +51,7 @@ class TapReport:
 def lead(config: LabConfig, *, control: int) -> LabResult:
     """Runs the lab. Raises: NodeError where its network cannot be made."""
     started = time.monotonic()
-    socket.sethostname("localhost")  # the machine's own name may resolve to an address that this network has not
-    with contextlib.suppress(OSError):
-        mount_proc()  # a locked container forbids it, and then shows the outer processes, which is only untidy
+    name_things(config)
     loopback_up()
     hosts = build_hosts(config.hosts, link_mbit=config.link_mbit) if config.hosts else {}
     supervisor = Supervisor(
@@ -72,8 +70,8 @@ def lead(config: LabConfig, *, control: int) -> LabResult:
                 supervisor.start(node, namespace=None if node.host is None else hosts[node.host].namespace)
         supervisor.wait(lambda: supervisor.ended(jobs))
         supervisor.wait(lambda: supervisor.ended(services), patience_s=GOODBYE_S)
-    except Stopped as stop:
-        stopped = str(stop)
+    except (Stopped, NodeError) as end:
+        stopped = str(end)
     supervisor.end(node.name for node in config.nodes)
     supervisor.end([TAP])  # last, so that it hears them all to their end
     ends = supervisor.ends
@@ -87,6 +85,17 @@ def lead(config: LabConfig, *, control: int) -> LabResult:
         log_tail=tuple(log_lines(config, failed[0])[-TAIL_LINES:]) if failed else (),
         **dataclasses.asdict(report.result),
     )
+
+
+def name_things(config: LabConfig) -> None:
+    """Lets names and /proc say what is true inside. A locked container may forbid it, which most jobs survive."""
+    # The machine's own name may stand for an address that this network has not: torchrun would wait for it.
+    socket.sethostname("localhost")
+    names = config.run / "hosts"
+    names.write_text(hosts_file(config.hosts))
+    for show in (mount_proc, lambda: mount_file(names, "/etc/hosts")):
+        with contextlib.suppress(OSError):
+            show()
 
 
 def tap_node(config: LabConfig, hosts: Mapping[str, Host]) -> Node:

@@ -10,9 +10,11 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # linux/sched.h, sys/mount.h
 CLONE_NEWNET = 0x40000000
+MS_BIND = 4096
 
 
 def new_namespace() -> int:
@@ -49,6 +51,11 @@ def inside(namespace: int) -> Iterator[None]:
 def mount_proc() -> None:
     """Shows the processes of this PID namespace, and no others, under /proc. Raises: OSError."""
     _call("mount", b"proc", b"/proc", b"proc", 0, None)
+
+
+def mount_file(file: Path, over: str) -> None:
+    """Shows a file in place of another one, to the processes of this mount namespace. Raises: OSError."""
+    _call("mount", os.fsencode(file), os.fsencode(over), None, MS_BIND, None)
 
 
 def _call(name: str, *arguments: object) -> None:

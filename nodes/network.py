@@ -45,6 +45,13 @@ def address(index: int) -> str:
     return f"10.77.0.{index + 1}"
 
 
+def hosts_file(names: Sequence[str]) -> str:
+    """The names of the network in the format of /etc/hosts. Names of IPv4 addresses are also asked for in IPv6 form."""
+    addresses = {"127.0.0.1": "localhost"} | {address(index): name for index, name in enumerate(names)}
+    lines = [f"{where} {name}\n::ffff:{where} {name}" for where, name in addresses.items()]
+    return "\n".join(["::1 localhost", *lines, ""])
+
+
 def loopback_up() -> None:
     """Makes 127.0.0.1 and ::1 of this namespace work."""
     with _kernel("loopback"), IPRoute() as route:

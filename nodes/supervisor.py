@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TypeAlias
 
+from nodes.errors import NodeError
 from nodes.namespaces import inside
 from nodes.node import Node, NodeEnd, signal_name
 
@@ -84,17 +85,20 @@ class Supervisor:
             self._selector.register(control, selectors.EVENT_READ, lambda: self._control_closed(control))
 
     def start(self, node: Node, *, namespace: int | None = None, on_line: LineHandler | None = None) -> None:
-        """Starts a node, in a network namespace of its own if one is given. Raises: OSError."""
-        log = open(self.logs / f"{node.name}.log", "wb", buffering=0)
-        with inside(namespace) if namespace is not None else contextlib.nullcontext():
-            popen = subprocess.Popen(
-                node.argv,
-                env=os.environ | node.env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # its whole process group can be ended, and a Ctrl-C goes to the lab alone
-            )
+        """Starts a node, in a network namespace of its own if one is given. Raises: NodeError."""
+        try:
+            log = open(self.logs / f"{node.name}.log", "wb", buffering=0)
+            with inside(namespace) if namespace is not None else contextlib.nullcontext():
+                popen = subprocess.Popen(
+                    node.argv,
+                    env=os.environ | node.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # all of its group can be ended, and a Ctrl-C goes to the lab alone
+                )
+        except OSError as error:
+            raise NodeError(f"{node.name}: cannot be started: {error.filename}: {error.strerror}") from error
         assert popen.stdout is not None
         os.set_blocking(popen.stdout.fileno(), False)
         process = _Process(

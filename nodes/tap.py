@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import os
 import select
 import signal
@@ -80,23 +81,40 @@ class TapResult:
     """Packets that the kernel had to drop because the ring was full; they are not in the file."""
 
 
-def record(config: TapConfig, *, ready: Callable[[int], None] = lambda ring_bytes: None) -> TapResult:
-    """Records until SIGTERM, SIGINT or the end of `config.seconds`. Call it from the main thread: it takes signals.
+def record(config: TapConfig, *, stop: int, ready: Callable[[int], None] = lambda ring_bytes: None) -> TapResult:
+    """Records until `stop` or the end of `config.seconds`.
 
     Args:
+        stop: a descriptor that becomes readable when the recording is to end, such as that of `stopped_by_signals`.
         ready: called, with the size of the ring, once no packet can be missed.
 
     Raises: RecordError.
     """
     with contextlib.ExitStack() as stack:
-        wake = stack.enter_context(_stopped_by_signals())
         rings = _open_rings(config, stack)
         try:
             file = stack.enter_context(open(config.out, "wb", buffering=0))
         except OSError as error:
             raise RecordError(f"{config.out}: cannot be created: {_reason(error)}") from error
         ready(sum(ring.num_bytes for ring in rings))
-        return _Recorder(config, rings, file).run(wake)
+        return _Recorder(config, rings, file).run(stop)
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[int]:
+    """A descriptor that becomes readable with SIGTERM or SIGINT, which otherwise do nothing inside the block."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    descriptor = signal.set_wakeup_fd(writing)
+    try:
+        yield reading
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reading)
+        os.close(writing)
 
 
 class _Recorder:
@@ -106,13 +124,13 @@ class _Recorder:
         self.config, self.rings, self.file = config, rings, file
         self.packets = self.bytes = 0
 
-    def run(self, wake: int) -> TapResult:
+    def run(self, stop: int) -> TapResult:
         complete = 0
         try:
             writer = PcapngWriter(
                 self.file, interfaces=[(ring.interface, LINK_TYPE_ETHERNET) for ring in self.rings], snaplen=SNAPLEN
             )
-            for _ in self._until_stopped(wake):
+            for _ in self._turns(stop):
                 complete = self.file.tell()
                 self._write_all(writer)
             complete = self.file.tell()
@@ -126,22 +144,24 @@ class _Recorder:
             raise RecordError(
                 f"{self.config.out}: cannot be written: {_reason(error)}; what was recorded until then can be read"
             ) from error
+        self._refuse_losses()
         dropped = sum(ring.counts.dropped for ring in self.rings)
         return TapResult(packets=self.packets, bytes=self.bytes, dropped=dropped)
 
-    def _until_stopped(self, wake: int) -> Iterator[None]:
-        """Yields whenever there may be something to write; after the stop, until the rings are drained."""
+    def _turns(self, stop: int) -> Iterator[None]:
+        """Yields whenever there may be something to write; after the end, until the rings are drained."""
         poll = select.poll()
-        poll.register(wake, select.POLLIN)
+        poll.register(stop, select.POLLIN)
         for ring in self.rings:
             poll.register(ring, select.POLLIN)
-        end = None if self.config.seconds is None else time.monotonic() + self.config.seconds
-        stopped = False
-        while not stopped:
-            wait_s = None if end is None else max(0.0, end - time.monotonic())
-            ready = poll.poll(None if wait_s is None else wait_s * 1000)
-            stopped = not ready or any(descriptor == wake for descriptor, _ in ready)
-            self._check(ready)
+        end = math.inf if self.config.seconds is None else time.monotonic() + self.config.seconds
+        going_on = True
+        while going_on:
+            patience_s = max(0.0, end - time.monotonic())
+            ready = dict(poll.poll(None if patience_s == math.inf else patience_s * 1000))
+            # An interface that was taken down or away reports it for ever, and no more packets.
+            failed = any(events & (select.POLLERR | select.POLLHUP) for events in ready.values())
+            going_on = bool(ready) and stop not in ready and not failed
             yield
         for ring in self.rings:
             ring.stop()
@@ -150,12 +170,9 @@ class _Recorder:
             time.sleep(RETIRE_MS / 1000)
             yield
 
-    def _check(self, ready: list[tuple[int, int]]) -> None:
-        """An interface that was taken down or away reports an error for ever, and no more packets."""
-        failed = {descriptor for descriptor, events in ready if events & (select.POLLERR | select.POLLHUP)}
+    def _refuse_losses(self) -> None:
         for ring in self.rings:
-            if ring.fileno() in failed:
-                number = ring.error()
+            if number := ring.error():
                 raise RecordError(
                     f"interface {ring.interface}: went away while it was recorded: {os.strerror(number)};"
                     f" what was recorded until then is in {self.config.out}"
@@ -206,23 +223,6 @@ def _open_rings(config: TapConfig, stack: contextlib.ExitStack) -> list[Ring]:
     return rings
 
 
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[int]:
-    """A descriptor that becomes readable with SIGTERM or SIGINT; nothing is interrupted in its middle."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    descriptor = signal.set_wakeup_fd(writing)
-    try:
-        yield reading
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reading)
-        os.close(writing)
-
-
 def _available_memory() -> int:
     """Bytes that can be had without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -255,12 +255,13 @@ def main() -> int:
         ring_mib=options.ring_mib,
         seconds=options.seconds,
     )
-    try:
-        result = record(config, ready=lambda ring_bytes: say({"ready": True, "ring_bytes": ring_bytes}))
-    except RecordError as error:
-        print(f"tap: {error}", file=sys.stderr, flush=True)
-        return 1
-    say(dataclasses.asdict(result))
+    with stopped_by_signals() as stop:
+        try:
+            result = record(config, stop=stop, ready=lambda ring_bytes: say({"ready": True, "ring_bytes": ring_bytes}))
+        except RecordError as error:
+            print(f"tap: {error}", file=sys.stderr, flush=True)
+            return 1
+        say(dataclasses.asdict(result))
     return 0
 
 

@@ -112,7 +112,8 @@ class Lab(Command):
             for shard, endpoint in enumerate(endpoints)
         )
         start = start_apart if self.hosts else start_together
-        arguments = ["-m", "nodes.worker", "--run", str(self.out.absolute())]
+        # Without the --, torchrun takes --run for an abbreviation of its own --run-path.
+        arguments = ["-m", "--", "nodes.worker", "--run", str(self.out.absolute())]
         if endpoints:
             arguments += ["--servers", ",".join(endpoints)]
         # Workers come first: the hosts are numbered in the order of their nodes.

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.errors import ConfigError
 from nodes.commands.base import Command, Result
 from nodes.console import console
-from nodes.tap import TapConfig, record
+from nodes.tap import TapConfig, record, stopped_by_signals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ class Record(Command):
             seconds=self.seconds,
         )
         until = "Ctrl-C" if self.seconds is None else f"{self.seconds:g} s have passed"
-        heard = record(
-            config, ready=lambda _: console.print(f"recording {', '.join(self.interface)} until {until}", markup=False)
-        )
+        told = f"recording {', '.join(self.interface)} until {until}"
+        with stopped_by_signals() as stop:
+            heard = record(config, stop=stop, ready=lambda _: console.print(told, markup=False))
         return Result(
             json={"capture": str(self.out), "exit_codes": {}} | dataclasses.asdict(heard),
             text=f"{heard.packets} packets, {heard.bytes} bytes, {heard.dropped} dropped: {self.out}",

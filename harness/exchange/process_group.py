@@ -1,0 +1,65 @@
+"""What the exchanges over `torch.distributed` share: joining its process group, leaving it, its errors in one line.
+
+Takes a meeting and a device, gives a group; knows nothing of what is sent over it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from harness.errors import DeadlineError, ExchangeError, PeerError
+from harness.exchange.base import Exchange, Traffic
+from harness.exchange.rendezvous import Meeting
+
+BUCKET_BYTES = 25 << 20
+"""DistributedDataParallel's default (`bucket_cap_mb=25`)."""
+
+
+class ProcessGroupExchange(Exchange):
+    """One rank of the default process group: Gloo, or NCCL where gradients lie on a CUDA device."""
+
+    def __init__(self, meeting: Meeting, *, device: torch.device | str = "cpu", deadline_s: float = 30.0) -> None:
+        """Waits for all ranks to join. `deadline_s` is the group's timeout, of each operation."""
+        self.rank, self.world_size, self.traffic = meeting.rank, meeting.world_size, Traffic()
+        self._deadline_s, self._step = deadline_s, 0
+        if dist.is_initialized():
+            raise ExchangeError(f"rank {self.rank}: torch.distributed is in use; close the other exchange first")
+        with self._one_line("every rank in the process group"):
+            dist.init_process_group(
+                "nccl" if torch.device(device).type == "cuda" else "gloo",
+                store=meeting.store,
+                rank=meeting.rank,
+                world_size=meeting.world_size,
+                timeout=timedelta(seconds=deadline_s),
+            )
+        self._meeting: Meeting | None = meeting  # its store must live as long as the group
+
+    def close(self) -> None:
+        if self._meeting is not None:
+            self._meeting = None
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _one_line(self, wanted: str) -> Iterator[None]:
+        """torch raises RuntimeError, with paths and a C++ trace in it, whatever went wrong."""
+        try:
+            yield
+        except RuntimeError as error:
+            got = re.sub(r"^(\[\S+\]\s*)+", "", str(error)).split("\n")[0].split(". ")[0][:160]
+            where = f"rank {self.rank}, step {self._step}"
+            if re.search("time[d]?[ -]?out", got, re.IGNORECASE):
+                raise DeadlineError(
+                    f"{where}: no {wanted} within {self._deadline_s:g} s; a rank is gone or slow ({got})"
+                ) from error
+            raise PeerError(f"{where}: wanted {wanted}, got: {got}; a rank is gone") from error
+
+
+def all_reduced_bytes(elements: int, *, rank_count: int) -> int:
+    """Payload bytes that each rank sends, and receives, in a ring all-reduce of float32."""
+    return 2 * (rank_count - 1) * elements * 4 // rank_count

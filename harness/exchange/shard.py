@@ -1,0 +1,215 @@
+"""What one server of the ZeroMQ exchange does, without a socket: messages of ranks in, messages to ranks out.
+
+It owns one shard of the vectors. It waits for all ranks, hands on rank 0's initial state, then adds each chunk in rank
+order, whatever the order of arrival, and answers the average. What it holds is bounded: of each rank at most a window
+of chunks. Sums are never kept in a buffer that is used again, so an answer may still be in the sending queue while
+later steps are added up.
+
+Whom it blames: a message that does not come from a rank of this run (`WireError`) is a stranger's, is dropped, and
+changes nothing. A rank of this run that breaks the conversation (`PeerError`) ends it, as no right average can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from harness.errors import PeerError
+from harness.exchange.chunks import WINDOW, Chunk, shard_chunks
+from harness.exchange.message import Message
+from harness.wire import SERVER_RANK, Header, Kind, Layout, WireError
+
+Outgoing = tuple[int, Message]
+"""A message, and the rank that it is for."""
+
+
+class Shard:
+    """The logic of server `index` of `servers`, in a run of `world_size` ranks."""
+
+    def __init__(
+        self, *, run: bytes, world_size: int, index: int = 0, servers: int = 1, rank: int = SERVER_RANK
+    ) -> None:
+        """`rank` is what its messages say of their sender: the owner's, where a rank serves this shard."""
+        self.ranks = range(world_size)
+        self.gone: set[int] = set()
+        """Ranks that said BYE."""
+        self.joined: dict[int, Layout] = {}
+        self.step = 0
+        """The step whose chunks are being added."""
+        self._run, self._rank, self._index, self._servers = run, rank, index, servers
+        self._weights: dict[Chunk, None] | None = None
+        """Chunks of the initial state that rank 0 still has to send; None before all have joined."""
+        self._open: dict[Chunk, ChunkSum] = {}
+        """Chunks of this step that some rank has sent, and not all."""
+        self._untouched: dict[Chunk, None] = {}
+        """Chunks of this step that no rank has sent."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rank has said BYE."""
+        return len(self.gone) == len(self.ranks)
+
+    def receive(self, sender: int, message: Message) -> list[Outgoing]:
+        """What to send now that `sender` (by its connection, whatever the header says) sent this message.
+
+        Raises: WireError where it is no message of this run, PeerError where it is one that ends the run.
+        """
+        header = message.header
+        if header.run != self._run:
+            raise WireError(f"wanted run {self._run.hex()}, got {header.run.hex()}; another job uses this port?")
+        if sender not in self.ranks or header.rank != sender:
+            raise WireError(f"wanted a rank below {len(self.ranks)} under its own name, got {header.rank} as {sender}")
+        if header.kind is Kind.ERROR:
+            raise PeerError(f"rank {sender} gave up: {message.words()}")
+        if header.kind is Kind.HELLO:
+            return self._join(sender, message)
+        if sender not in self.joined or sender in self.gone:
+            raise self._broken(sender, header, "nothing before its HELLO or after its BYE")
+        if header.kind is Kind.BYE:
+            return self._leave(sender)
+        if header.kind is Kind.WEIGHTS:
+            return self._hand_on(sender, message)
+        if header.kind is Kind.GRADIENT:
+            return self._add(sender, message)
+        raise self._broken(sender, header, "a message of a rank")
+
+    def waits_for(self) -> str | None:
+        """What somebody is waiting for, as the end of a sentence that begins with "no"; None where nobody waits."""
+        if self._weights is None:
+            return f"HELLO from {name_ranks(set(self.ranks) - set(self.joined))}"
+        if self._weights:
+            return f"weights for {next(iter(self._weights))} from rank 0"
+        for chunk, total in self._open.items():
+            return f"gradient for {chunk} from {name_ranks(set(self.ranks) - total.given)}"
+        return None
+
+    def error(self, text: str) -> list[Outgoing]:
+        """Tells every rank that has joined, and not left, that this server gives up."""
+        payload = text.encode()[:1000]
+        message = Message(self._header(Kind.ERROR, size=len(payload)), payload)
+        return [(rank, message) for rank in self.joined if rank not in self.gone]
+
+    def _join(self, sender: int, message: Message) -> list[Outgoing]:
+        header = message.header
+        if sender in self.joined:
+            raise self._broken(sender, header, "one HELLO of each rank")
+        try:
+            layout = Layout.unpack(message.payload)
+        except WireError as error:
+            raise PeerError(f"rank {sender}: {error}") from error
+        if layout.world != len(self.ranks):
+            raise PeerError(f"rank {sender}: wanted a run of {len(self.ranks)} ranks, got {layout.world}")
+        for other, agreed in self.joined.items():
+            if layout != agreed:
+                raise PeerError(
+                    f"ranks {other} and {sender} train different models: {agreed.parameter_count} parameters in "
+                    f"{len(agreed.parameters)} tensors, {layout.parameter_count} in {len(layout.parameters)}"
+                )
+            if header.step != self.step:
+                raise PeerError(f"rank {other} starts at step {self.step}, rank {sender} at step {header.step}")
+        self.joined[sender], self.step = layout, header.step
+        if len(self.joined) < len(self.ranks):
+            return []
+        self._weights = dict.fromkeys(self._chunks(layout.parameter_count + layout.buffer_count))
+        self._untouched = dict.fromkeys(self._chunks(layout.parameter_count))
+        welcome = Message(self._header(Kind.WELCOME), b"")
+        return [(rank, welcome) for rank in self.ranks]
+
+    def _hand_on(self, sender: int, message: Message) -> list[Outgoing]:
+        header, chunk = message.header, Chunk(message.header.at, message.header.count)
+        if sender != 0 or not self._weights or chunk not in self._weights or not self._fits(header, weights=True):
+            raise self._broken(sender, header, "weights of rank 0, each chunk once")
+        del self._weights[chunk]
+        answer = Message(self._header(Kind.WEIGHTS, like=header), message.payload)
+        return [(rank, answer) for rank in self.ranks if rank != 0]
+
+    def _add(self, sender: int, message: Message) -> list[Outgoing]:
+        header, chunk = message.header, Chunk(message.header.at, message.header.count)
+        if self._weights is None or self._weights or not self._fits(header, weights=False):
+            raise self._broken(sender, header, f"a chunk of step {self.step}")
+        if chunk in self._untouched:
+            del self._untouched[chunk]
+            self._open[chunk] = ChunkSum(len(self.ranks))
+        if chunk not in self._open or sender in self._open[chunk].given:
+            raise self._broken(sender, header, "a chunk of its shard, each once")
+        if sum(sender in other.given for other in self._open.values()) == WINDOW:
+            raise self._broken(sender, header, f"at most {WINDOW} chunks unanswered")
+        if self.gone:
+            raise PeerError(f"{name_ranks(self.gone)} left before step {self.step}, rank {sender} did not")
+        average = self._open[chunk].add(sender, message.values())
+        if average is None:
+            return []
+        del self._open[chunk]
+        if not self._open and not self._untouched:
+            self.step += 1
+            self._untouched = dict.fromkeys(self._chunks(header.total))
+        answer = Message(self._header(Kind.AVERAGE, like=header), average)
+        return [(rank, answer) for rank in self.ranks]
+
+    def _leave(self, sender: int) -> list[Outgoing]:
+        self.gone.add(sender)
+        if self.waits_for() is not None:
+            raise PeerError(f"rank {sender} left at step {self.step}, while others waited for its part")
+        return []
+
+    def _chunks(self, total: int) -> list[Chunk]:
+        return shard_chunks(total, index=self._index, servers=self._servers)
+
+    def _fits(self, header: Header, *, weights: bool) -> bool:
+        """Whether a chunk is one of the vector that this model has, coded as this server understands it."""
+        layout = self.joined[0]
+        total = layout.parameter_count + (layout.buffer_count if weights else 0)
+        agreed = (header.step, header.total, header.dtype, header.codec)
+        return agreed == (self.step, total, "float32", "dense")
+
+    def _header(self, kind: Kind, *, like: Header | None = None, size: int = 0) -> Header:
+        if like is None:
+            return Header(kind=kind, run=self._run, rank=self._rank, step=self.step, size=size)
+        return Header(
+            kind=kind,
+            run=self._run,
+            rank=self._rank,
+            step=like.step,
+            at=like.at,
+            count=like.count,
+            total=like.total,
+            size=like.size,
+        )
+
+    def _broken(self, sender: int, header: Header, wanted: str) -> PeerError:
+        chunk = f" for {Chunk(header.at, header.count)} of {header.total}" if header.count else ""
+        return PeerError(f"rank {sender}: wanted {wanted}, got {header.kind} of step {header.step}{chunk}")
+
+
+class ChunkSum:
+    """One chunk of one step, added in rank order whatever the order of arrival."""
+
+    def __init__(self, world_size: int) -> None:
+        self.given: set[int] = set()
+        """Ranks whose part has arrived."""
+        self._world_size = world_size
+        self._early: dict[int, np.ndarray] = {}
+        """Parts that wait for a lower rank's."""
+        self._sum: np.ndarray | None = None
+        self._added = 0
+
+    def add(self, rank: int, values: np.ndarray) -> np.ndarray | None:
+        """The average, once all ranks' parts are there: an array of its own, which nothing else will write."""
+        self.given.add(rank)
+        self._early[rank] = values
+        while self._added in self._early:
+            part = self._early.pop(self._added)
+            # The first part is borrowed and must not be written; the first sum is new memory; the rest is in place.
+            own = self._sum if self._added > 1 else None
+            self._sum = part if self._sum is None else np.add(self._sum, part, out=own)
+            self._added += 1
+        if self._sum is None or self._added < self._world_size:
+            return None
+        return np.divide(self._sum, np.float32(self._world_size), out=self._sum if self._world_size > 1 else None)
+
+
+def name_ranks(ranks: Iterable[int]) -> str:
+    """As a person reads it: "rank 2", "ranks 1, 3"."""
+    numbers = sorted(ranks)
+    return f"rank{'s' if len(numbers) != 1 else ''} {', '.join(map(str, numbers))}"

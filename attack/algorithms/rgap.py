@@ -27,6 +27,9 @@ from attack.engine.walk import Belief, OutOfTime, walk_back
 RANK_ONE = 1e-3
 """Largest share of the last layer's gradient that may lie outside its first singular pair, for one example."""
 
+FILM_STRIDE = 4
+"""Iterations between two frames of the film."""
+
 
 def rgap(target: Target, context: Context) -> Answer:
     """The input and label of a batch of one."""
@@ -43,7 +46,7 @@ def rgap(target: Target, context: Context) -> Answer:
     inputs = belief.mean.view(1, *target.input_shape)
     film = _film(target, belief, label)
     residual = target.residual(inputs, label)
-    film.take(film.history[-1][0] + 1, residual, inputs)
+    film.take(film.history[-1][0] + FILM_STRIDE, residual, inputs)
     context.progress(Progress(method="rgap", evaluations=1, residual=residual, seconds_left=context.seconds_left))
     return Answer(inputs=inputs, labels=label, film=film, belief=belief, evaluations=len(film.history))
 
@@ -72,17 +75,16 @@ def _film(target: Target, belief: Belief, label: Tensor) -> Film:
     x = torch.full_like(belief.mean, (low + high) / 2)
     scale = 1 / belief.precision.diagonal()
     r = belief.weighted - belief.precision @ x
-    z = scale * r
-    p = z
-    for iteration in range(MAX_FRAMES - 1):
-        inputs = x.view(1, *target.input_shape)
-        film.take(iteration, target.residual(inputs, label), inputs)
+    p = scale * r
+    for iteration in range((MAX_FRAMES - 1) * FILM_STRIDE):
+        if iteration % FILM_STRIDE == 0:
+            inputs = x.view(1, *target.input_shape)
+            film.take(iteration, target.residual(inputs, label), inputs)
         q = belief.precision @ p
-        rz = r @ z
-        if not rz > 0:
+        before = r @ (scale * r)
+        if not before > 0:  # solved to the last bit
             break
-        x = x + (step := rz / (p @ q)) * p
-        r = r - step * q
-        z = scale * r
-        p = z + (r @ z) / rz * p
+        step = before / (p @ q)
+        x, r = x + step * p, r - step * q
+        p = scale * r + (r @ (scale * r)) / before * p
     return film

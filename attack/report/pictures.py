@@ -1,0 +1,44 @@
+"""Tensors -> pictures that live inside an HTML file, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+from PIL import Image
+from torch import Tensor
+
+from attack.answer import to_picture, to_png
+
+FRAME_MS, LAST_FRAME_MS = 140, 2500
+
+
+def still(example: Tensor, input_range: tuple[float, float]) -> str | None:
+    """A PNG of one example; None where its shape is not a picture's."""
+    picture = to_picture(example, input_range)
+    return None if picture is None else _uri(to_png(picture))
+
+
+def animation(frames: Sequence[Tensor], input_range: tuple[float, float]) -> str | None:
+    """An animated PNG of one example over iterations, with a rest on the last; None where there is nothing to show."""
+    pictures = [picture for frame in frames if (picture := to_picture(frame, input_range)) is not None]
+    if len(pictures) < 2:
+        return None
+    buffer = io.BytesIO()
+    first, *others = [Image.new(picture.mode, picture.size) for picture in pictures]
+    for blank, picture in zip((first, *others), pictures, strict=True):
+        blank.paste(picture)
+    first.save(
+        buffer,
+        format="PNG",
+        save_all=True,
+        append_images=others,
+        duration=[FRAME_MS] * len(others) + [LAST_FRAME_MS],
+        loop=0,
+    )
+    return _uri(buffer.getvalue())
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,99 @@
+"""What repeated timings say: medians, spread, and ratios to a baseline that was timed beside them.
+
+Takes numbers, gives a row; knows nothing of what was timed. An absolute time alone proves nothing on a shared machine:
+only the ratio of two things that were timed in the same repetition does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One way, timed several times beside its baseline."""
+
+    name: str
+    baseline: str
+    """Name of the case of the same setting that ratios refer to."""
+    setting: dict[str, int]
+    """What was held equal with the baseline."""
+    repetitions: int
+    median_s: float
+    fastest_s: float
+    quartiles_s: tuple[float, float]
+    ratio: float
+    """Median over the repetitions of this case's time over the baseline's of the same repetition."""
+    ratio_quartiles: tuple[float, float]
+    cpu_s: float
+    """CPU seconds of all processes, mean of the repetitions."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        seconds: Sequence[float],
+        *,
+        baseline: tuple[str, Sequence[float]],
+        setting: dict[str, int],
+        cpu_s: float,
+    ) -> Case:
+        """Of the times of one case, and the baseline's in the same repetitions."""
+        ratios = [mine / its for mine, its in zip(seconds, baseline[1], strict=True)]
+        return cls(
+            name=name,
+            baseline=baseline[0],
+            setting=setting,
+            repetitions=len(seconds),
+            median_s=statistics.median(seconds),
+            fastest_s=min(seconds),
+            quartiles_s=_quartiles(seconds),
+            ratio=statistics.median(ratios),
+            ratio_quartiles=_quartiles(ratios),
+            cpu_s=cpu_s,
+        )
+
+
+def as_json(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The rows of `cases[]`."""
+    return [dataclasses.asdict(case) for case in cases]
+
+
+def as_text(cases: Sequence[Case], *, title: str) -> str:
+    """A table for people."""
+    table = Table(title=title, title_justify="left")
+    for name in cases[0].setting:
+        table.add_column(name, justify="right")
+    table.add_column("case")
+    for name in ("median ms", "quartiles ms", "fastest ms", "ratio", "quartiles", "CPU ms"):
+        table.add_column(name, justify="right")
+    for case in cases:
+        (low, high), (least, most) = case.quartiles_s, case.ratio_quartiles
+        table.add_row(
+            *map(str, case.setting.values()),
+            case.name,
+            f"{case.median_s * 1e3:.1f}",
+            f"{low * 1e3:.1f} to {high * 1e3:.1f}",
+            f"{case.fastest_s * 1e3:.1f}",
+            f"{case.ratio:.2f}",
+            f"{least:.2f} to {most:.2f}",
+            f"{case.cpu_s * 1e3:.1f}",
+        )
+    page = io.StringIO()
+    Console(file=page, width=120).print(table)
+    baselines = sorted({case.baseline for case in cases})
+    return f"{page.getvalue()}ratio: median of the paired ratios to {', '.join(baselines)}"
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

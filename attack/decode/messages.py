@@ -1,7 +1,8 @@
 """ZMTP frames of one direction -> messages of the project's own format, whole or with holes in their payload.
 
 Knows a message's two frames and that they must agree; nothing of ranks, steps or which messages follow which. A message
-that cannot be one is named in a `Refused` and never guessed at.
+that cannot be one is named in a `Refused` and never guessed at. A payload carries no mark of its own, so a message is
+told only when what follows shows that it ended where it said: the next message, a command, a hole or the stream's end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from attack.decode.zmtp import Event, Frame, Holes, Lost
+from attack.decode.zmtp import Command, Event, Frame, Holes, Lost
 from harness.wire import Header, WireError
 
 
@@ -49,6 +50,7 @@ class MessageDecoder:
         self._runs = runs
         self._first: Frame | None = None  # a frame that waits for the next one of its message
         self._count = 0  # frames of the message so far
+        self._held: Message | None = None  # whole, and waiting for what follows it
         self._doubts: list[tuple[int, int]] = []
 
     def doubt(self, start: int, stop: int) -> None:
@@ -57,18 +59,48 @@ class MessageDecoder:
 
     def feed(self, event: Event) -> Iterator[Item]:
         """The messages that this event completes."""
-        if isinstance(event, Lost):
+        if isinstance(event, Command):
+            yield from self._release()
+        elif isinstance(event, Lost):
+            yield from self._release() if event.by_hole else self.refuse("the stream ended inside what follows it")
             if self._first is not None:
                 yield Refused(offset=self._first.offset, why="framing was lost inside a message", foreign=False)
             self._first, self._count = None, 0
         elif isinstance(event, Frame):
-            self._count += 1
-            first = self._first or event
-            if event.more:
-                self._first = first
-                return
-            count, self._first, self._count = self._count, None, 0
-            yield self._pair(first, event, count)
+            yield from self._add(event)
+
+    def finish(self) -> Iterator[Item]:
+        """The stream has ended, and not inside a frame."""
+        yield from self._release()
+
+    def refuse(self, why: str) -> Iterator[Item]:
+        """What follows the last message is not what must follow it."""
+        if self._held is not None:
+            yield Refused(offset=self._held.offset, why=why, foreign=False)
+        self._held = None
+
+    def _release(self) -> Iterator[Item]:
+        if self._held is not None:
+            yield self._held
+        self._held = None
+
+    def _add(self, frame: Frame) -> Iterator[Item]:
+        self._count += 1
+        first = self._first or frame
+        if frame.more:
+            self._first = first
+            return
+        count, self._first, self._count = self._count, None, 0
+        item = self._pair(first, frame, count)
+        if isinstance(item, Message):
+            yield from self._release()
+            self._held = item
+        elif first.holes:
+            yield from self._release()
+            yield item
+        else:
+            yield from self.refuse("what follows it is not a message")
+            yield item
 
     def _pair(self, first: Frame, last: Frame, count: int) -> Item:
         at = first.offset

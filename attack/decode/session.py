@@ -99,7 +99,8 @@ class Session:
         self._notes = notes
         self._layout_disputed = False
         self._senders: dict[Flow, tuple[str, int]] = {}
-        self._heard: set[Flow] = set()
+        self._seen: set[Flow] = set()
+        self._closed: set[Flow] = set()
         self._silenced: set[Flow] = set()
         self._progress: dict[Flow, int] = {}
         self._steps: dict[int, _Step] = {}
@@ -118,12 +119,19 @@ class Session:
     def receive(self, flow: Flow, message: Message) -> None:
         """Takes in one message of this run."""
         header = message.header
-        self._heard.add(flow)
         self._changed = True
+        # Both directions must have come past a step before it is over.
+        for direction in (flow, flow.reverse):
+            if direction in self._seen and direction not in self._closed:
+                self._progress.setdefault(direction, -1)
         why = self._unwanted(flow, header) or self._take(flow, message)
         if why is not None:
             chunk = f" for {_place(header)}" if header.count else ""
             self._notes.add(f"flow {flow}: {header.kind} of rank {header.rank}, step {header.step}{chunk}: {why}")
+
+    def open(self, flow: Flow) -> None:
+        """Says that this direction can be read, whether it says something of this run or not."""
+        self._seen.add(flow)
 
     def excuse(self, flow: Flow) -> None:
         """Says that this direction has holes: what is missing there may have been sent."""
@@ -143,6 +151,7 @@ class Session:
     def close(self, flow: Flow) -> None:
         """Says that this direction will not go on."""
         self._progress.pop(flow, None)
+        self._closed.add(flow)
         self._changed = True
 
     def steps(self, *, end: bool = False) -> Iterator[DecodedStep]:
@@ -207,7 +216,8 @@ class Session:
         header = message.header
         if header.rank >= 0:
             self.ranks.add(header.rank)
-        self._progress[flow] = header.step if header.kind in (Kind.GRADIENT, Kind.AVERAGE) else -1
+        if header.kind in (Kind.GRADIENT, Kind.AVERAGE):
+            self._progress[flow] = header.step
         match header.kind:
             case Kind.HELLO:
                 self._hellos.append(_origin(flow, message))
@@ -292,7 +302,7 @@ class Session:
         so a place, or a step, that only one message names is one that its header got wrong.
         """
         return len(flows) > 1 or any(
-            flow.reverse in self._silenced or flow.reverse not in self._heard for flow in flows
+            flow.reverse in self._silenced or flow.reverse not in self._seen for flow in flows
         )
 
     def _average(self, step: int, seen: _Step, believed: set[Place]) -> _Assembly:

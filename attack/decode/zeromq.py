@@ -13,11 +13,11 @@ import torch
 
 from attack.capture.streams import Bytes, Flow
 from attack.decode.anchor import MessageAnchor
-from attack.decode.messages import Message, MessageDecoder
+from attack.decode.messages import Item, Message, MessageDecoder
 from attack.decode.protocol import ProtocolReader
 from attack.decode.sealed import SealedTraffic
 from attack.decode.session import DecodedStep, InitialState, Session
-from attack.decode.zmtp import Command, Event, Frame, Greeting, Lost, Resumed, Sealed, ZmtpDecoder
+from attack.decode.zmtp import Command, Event, Greeting, Lost, Resumed, Sealed, ZmtpDecoder
 from attack.errors import DecodeError
 from attack.observation import Observation, Shapes
 from attack.shadow import Shadow
@@ -88,6 +88,7 @@ class ZeromqReader(ProtocolReader):
         direction = self._directions[flow]
         if direction.decoder is not None:
             self._handle(flow, direction, 0.0, direction.decoder.finish())
+            self._take(flow, direction, direction.messages.finish())
         direction.decoder = None
         self._session.close(flow)
 
@@ -124,6 +125,7 @@ class ZeromqReader(ProtocolReader):
                 match event:
                     case Greeting():
                         self._greet(direction, event)
+                        self._session.open(flow)
                     case Sealed() if direction.sealed is not None:
                         direction.sealed.add(event.size, time)
                     case Command(name="HELLO", data=data) if direction.sealed is None and data:
@@ -133,14 +135,16 @@ class ZeromqReader(ProtocolReader):
                     case Lost():
                         if direction.recognized:
                             self.notes.add(f"flow {flow}, byte {event.offset}: framing lost: {event.why}")
-                        self._read(flow, direction, event)
+                        self._take(flow, direction, direction.messages.feed(event))
                     case Resumed():
                         direction.recognized = True
+                        self._session.open(flow)
                         self.notes.add(f"flow {flow}, byte {event.offset}: framing resumed after {event.skipped} bytes")
-                    case Frame():
-                        self._read(flow, direction, event)
+                    case _:
+                        self._take(flow, direction, direction.messages.feed(event))
         except DecodeError as error:
             self.notes.add(f"not read further: {error}")
+            self._take(flow, direction, direction.messages.refuse("what follows it is not a frame"))
             direction.decoder = None
             self._session.close(flow)
 
@@ -150,8 +154,8 @@ class ZeromqReader(ProtocolReader):
             direction.sealed = SealedTraffic(greeting.mechanism, overhead=CURVE_OVERHEAD_BYTES)
             direction.sealed.is_server = greeting.as_server
 
-    def _read(self, flow: Flow, direction: _Direction, event: Event) -> None:
-        for item in direction.messages.feed(event):
+    def _take(self, flow: Flow, direction: _Direction, items: Iterator[Item]) -> None:
+        for item in items:
             if isinstance(item, Message):
                 self._dispatch(flow, item)
             elif item.foreign:

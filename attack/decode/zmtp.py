@@ -98,6 +98,8 @@ class Lost:
 
     offset: int
     why: str
+    by_hole: bool = True
+    """False where nothing is missing: the stream just ended inside a frame."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,14 +217,11 @@ class ZmtpDecoder:
         yield from self._search()
 
     def finish(self) -> Iterator[Event]:
-        """Ends the direction; where it ended inside a body, what is missing of it is a hole."""
+        """Ends the direction; a frame that it ended in is not told, as nothing behind it shows that it is one."""
         if self._why_lost:
             yield from self._announce_loss()
-        cut = self._step != "lost" and not (self._step == "head" and self._got == 0)
-        if self._step == "body":
-            yield from self.gap(len(self._part) - self._got)
-        if cut:
-            yield from self._lose("the stream ended inside a frame")
+        if self._step == "body" or (self._step != "lost" and self._got):
+            yield Lost(offset=self._frame_at, why="the stream ended inside a frame", by_hole=False)
 
     def _begin(self, step: str, size: int) -> None:
         self._step = step

@@ -33,6 +33,10 @@ def ready(kind: str) -> bytes:
     return frame(b"\x05READY\x0bSocket-Type" + len(kind).to_bytes(4, "big") + kind.encode(), command=True)
 
 
+def _unaltered(header: Header) -> Header:
+    return header
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Write:
     """What one side sent at once."""
@@ -57,7 +61,7 @@ class Job:
     optimizer: str = "sgd:lr=0.1"
     seed: int = 0
     run: bytes = RUN
-    alter: Callable[[Header], Header] = staticmethod(lambda header: header)
+    alter: Callable[[Header], Header] = _unaltered
     """Changes a GRADIENT's header on its way, as no honest sender does."""
 
     def __post_init__(self) -> None:

@@ -98,9 +98,9 @@ def parse_segment(packet: Packet) -> Segment | Skip:
     length of 0 is what a segment has that is too big for the field (segmentation left to the card, BIG TCP): the
     packet's own length counts.
     """
-    data = packet.data
+    time, link_type, data, original_length, _ = packet
     try:
-        at = _network_header(packet.link_type, data)
+        at = _network_header(link_type, data)
         if isinstance(at, Skip):
             return at
         version = data[at] >> 4
@@ -127,7 +127,7 @@ def parse_segment(packet: Packet) -> Segment | Skip:
         if protocol != _PROTOCOL_TCP:
             return Skip.NOT_TCP
         if not length:
-            end = max(packet.original_length, len(data))
+            end = max(original_length, len(data))
         ports, seq, ack, header, flags = _TCP(data, tcp)
     except (struct.error, IndexError):
         return Skip.CUT
@@ -135,7 +135,7 @@ def parse_segment(packet: Packet) -> Segment | Skip:
     if header < 0x50 or start > end:
         return Skip.MALFORMED
     source, destination = _endpoints(addresses + ports)
-    return Segment(source, destination, seq, ack, flags, data[start:end], end - start, packet.time)
+    return Segment(source, destination, seq, ack, flags, data[start:end], end - start, time)
 
 
 _ETHERTYPE = struct.Struct(">H").unpack_from

@@ -139,7 +139,7 @@ class _Section:
         number, high, low, captured, original = self.layout.packet(body)
         interface = self._interface(number)
         end = 20 + captured
-        if len(body) - end >= 12:
+        if len(body) - end >= 12:  # room for an option that counts
             for code, value in self._options(body, end + -end % 4):
                 if code == pcapng.OPTION_PACKET_DROPS and len(value) == 8:
                     self._tell(interface, self.layout.wide(value)[0])

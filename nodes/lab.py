@@ -46,6 +46,9 @@ class LabConfig:
     hosts: tuple[str, ...] = ()
     """Names of hosts with a network namespace and an address each, joined by a switch. Empty: one namespace, where all
     nodes talk over loopback."""
+    relay: tuple[str, ...] = ()
+    """Routes of a recording relay, `HOST:PORT=HOST:PORT`, which then takes the place of private network and tap: for
+    machines that grant neither. A process that leaves its process group may then outlive the lab."""
     tap: str | None = "all"
     """`all`: every packet once. The name of a host: what its link carries, both ways. None: nobody listens."""
     ring_mib: int | None = None
@@ -71,6 +74,8 @@ class LabConfig:
                 raise ConfigError(f"lab: node {node.name}: wanted a host of {self.hosts or None}, got {node.host}")
         if self.tap not in (None, "all", *self.hosts):
             raise ConfigError(f"lab: tap: wanted one of {', '.join(('all', *self.hosts))}, got {self.tap}")
+        if self.relay and (self.hosts or self.tap != "all"):
+            raise ConfigError("lab: a relay has no hosts, and hears all that it passes on; leave out hosts and tap")
         if self.link_mbit is not None and not (self.hosts and self.link_mbit > 0):
             raise ConfigError(f"lab: a link's speed needs hosts, and must be more than 0; got {self.link_mbit}")
 
@@ -90,8 +95,10 @@ class LabConfig:
     @classmethod
     def from_json(cls, text: str | bytes) -> LabConfig:
         fields = json.loads(text)
-        nodes = tuple(Node(**node | {"argv": tuple(node["argv"])}) for node in fields["nodes"])
-        return cls(**fields | {"nodes": nodes, "run": Path(fields["run"]), "hosts": tuple(fields["hosts"])})
+        fields["nodes"] = tuple(Node(**node | {"argv": tuple(node["argv"])}) for node in fields["nodes"])
+        fields["run"] = Path(fields["run"])
+        fields |= {name: tuple(fields[name]) for name in ("hosts", "relay")}
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +134,7 @@ def run_lab(config: LabConfig) -> LabResult:
         NodeError: the lab itself failed.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, and after the nodes were ended in order.
     """
-    argv = (*private_network(), *module_argv("nodes.leader"))
+    argv = (*(() if config.relay else private_network()), *module_argv("nodes.leader"))
     config.logs.mkdir(parents=True, exist_ok=True)
     # A session of its own: Ctrl-C reaches this process alone, and the nodes are then ended in order.
     leader = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -196,7 +203,7 @@ def private_network() -> tuple[str, ...]:
     raise NetworkError(f"private network: {reason}; {_remedy()}")
 
 
-ELSEWHERE = "run the job elsewhere, record it there with `gradtap record` or tcpdump, and give the capture to `gradtap`"
+ELSEWHERE = "`gradtap lab --relay` records the ZeroMQ exchange without one, and `gradtap record` a job run elsewhere"
 
 SWITCHES = (
     ("/proc/sys/kernel/unprivileged_userns_clone", "0", "as root: sysctl kernel.unprivileged_userns_clone=1"),
@@ -215,7 +222,7 @@ def _remedy() -> str:
         with contextlib.suppress(OSError):
             if Path(file).read_text().strip() == forbids:
                 return f"{file} is {forbids}: {remedy}, or run this as root"
-    return f"in a container, start it with --cap-add SYS_ADMIN --security-opt seccomp=unconfined; or {ELSEWHERE}"
+    return f"in a container, start it with --cap-add SYS_ADMIN --security-opt seccomp=unconfined; else {ELSEWHERE}"
 
 
 @contextlib.contextmanager

@@ -51,9 +51,12 @@ class TapReport:
 def lead(config: LabConfig, *, control: int) -> LabResult:
     """Runs the lab. Raises: NodeError where its network cannot be made."""
     started = time.monotonic()
-    name_things(config)
-    loopback_up()
-    hosts = build_hosts(config.hosts, link_mbit=config.link_mbit) if config.hosts else {}
+    hosts: dict[str, Host] = {}
+    if not config.relay:
+        name_things(config)
+        loopback_up()
+        if config.hosts:
+            hosts = build_hosts(config.hosts, link_mbit=config.link_mbit)
     supervisor = Supervisor(
         logs=config.logs, deadline_s=config.deadline_s, grace_s=config.grace_s, control=control, echo=config.echo
     )
@@ -100,6 +103,10 @@ def name_things(config: LabConfig) -> None:
 
 def tap_node(config: LabConfig, hosts: Mapping[str, Host]) -> Node:
     """The recorder, where the lab's configuration places it."""
+    out = ("--out", str(config.capture))
+    if config.relay:
+        routes = [text for route in config.relay for text in ("--route", route)]
+        return Node(name=TAP, argv=module_argv("nodes.relay", *routes, *out), service=True)
     if not hosts:
         places = ["--interface", "lo"]
     elif config.tap == "all":
@@ -110,7 +117,7 @@ def tap_node(config: LabConfig, hosts: Mapping[str, Host]) -> Node:
     else:
         places = ["--interface", hosts[str(config.tap)].outer_interface]
     ring = [] if config.ring_mib is None else ["--ring-mib", str(config.ring_mib)]
-    return Node(name=TAP, argv=module_argv("nodes.tap", *places, *ring, "--out", str(config.capture)), service=True)
+    return Node(name=TAP, argv=module_argv("nodes.tap", *places, *ring, *out), service=True)
 
 
 def describe(config: LabConfig, end: NodeEnd) -> str:

@@ -92,10 +92,7 @@ def record(config: TapConfig, *, stop: int, ready: Callable[[int], None] = lambd
     """
     with contextlib.ExitStack() as stack:
         rings = _open_rings(config, stack)
-        try:
-            file = stack.enter_context(open(config.out, "wb", buffering=0))
-        except OSError as error:
-            raise RecordError(f"{config.out}: cannot be created: {_reason(error)}") from error
+        file = stack.enter_context(create(config.out))
         ready(sum(ring.num_bytes for ring in rings))
         return _Recorder(config, rings, file).run(stop)
 
@@ -141,9 +138,7 @@ class _Recorder:
             # A full disk still lets a file be cut: what is left ends with a whole packet.
             with contextlib.suppress(OSError):
                 self.file.truncate(complete)
-            raise RecordError(
-                f"{self.config.out}: cannot be written: {_reason(error)}; what was recorded until then can be read"
-            ) from error
+            raise unwritable(self.config.out, error) from error
         self._refuse_losses()
         dropped = sum(ring.counts.dropped for ring in self.rings)
         return TapResult(packets=self.packets, bytes=self.bytes, dropped=dropped)
@@ -212,7 +207,7 @@ def _open_rings(config: TapConfig, stack: contextlib.ExitStack) -> list[Ring]:
             if error.errno == errno.ENODEV:
                 names = ", ".join(name for _, name in socket.if_nameindex())
                 raise RecordError(f"interface {interface}: there is none of this name; there are: {names}") from error
-            raise RecordError(f"interface {interface}: cannot be recorded: {_reason(error)}") from error
+            raise RecordError(f"interface {interface}: cannot be recorded: {reason(error)}") from error
         stack.callback(ring.close)
         if ring.hardware_type not in HARDWARE_TYPES:
             raise RecordError(
@@ -231,7 +226,21 @@ def _available_memory() -> int:
     return LARGEST_RING
 
 
-def _reason(error: OSError) -> str:
+def create(out: Path) -> BinaryIO:
+    """Opens a capture file to write. Raises: RecordError."""
+    try:
+        return open(out, "wb", buffering=0)
+    except OSError as error:
+        raise RecordError(f"{out}: cannot be created: {reason(error)}") from error
+
+
+def unwritable(out: Path, error: OSError) -> RecordError:
+    """What to say when a capture file takes no more."""
+    return RecordError(f"{out}: cannot be written: {reason(error)}; what was recorded until then can be read")
+
+
+def reason(error: OSError) -> str:
+    """The system's words for it, and its short name."""
     return f"{error.strerror} ({errno.errorcode.get(error.errno or 0, '?')})"
 
 

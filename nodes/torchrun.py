@@ -35,9 +35,11 @@ def host_names(num_ranks: int) -> tuple[str, ...]:
     return tuple(f"rank{rank}" for rank in range(num_ranks))
 
 
-def start_together(arguments: Sequence[str], *, num_ranks: int, env: dict[str, str]) -> tuple[Node, ...]:
+def start_together(
+    arguments: Sequence[str], *, num_ranks: int, env: dict[str, str], master_port: int = MASTER_PORT
+) -> tuple[Node, ...]:
     """All ranks on one host, under one torchrun."""
-    place = ("--nproc-per-node", str(num_ranks), "--master-addr", "127.0.0.1", "--master-port", str(MASTER_PORT))
+    place = ("--nproc-per-node", str(num_ranks), "--master-addr", "127.0.0.1", "--master-port", str(master_port))
     return (Node(name="workers", argv=(*TORCHRUN, *place, *arguments), env=env),)
 
 
@@ -109,6 +111,8 @@ def root_cause(lines: Sequence[str]) -> str | None:
         return None
     code = int(fields["exitcode"])
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-    error = re.compile(rf"\[rank{fields['rank']}\]: [\w.]+(Error|Exception)\b")
-    said = [line for line in lines[: heading[-1]] if error.match(line)]
+    # Torch marks what a rank prints once it has joined, and this project's worker all that it says.
+    own = re.compile(rf"(\[rank{fields['rank']}\]|rank {fields['rank']}): \S")
+    said = [line for line in lines[: heading[-1]] if own.match(line)]
+    said = said or [line for line in lines[: heading[-1]] if re.match(r"[\w.]+(Error|Exception): ", line)]
     return f"torchrun says that rank {fields['rank']} failed first: it {how}" + (f" ({said[-1]})" if said else "")

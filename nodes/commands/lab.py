@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Self
@@ -17,10 +19,10 @@ from nodes.commands.base import Command, Result
 from nodes.lab import CAPTURE_NAME, RESULT_NAME, LabConfig, LabResult, run_lab
 from nodes.network import address
 from nodes.node import Node, module_argv, module_environment
-from nodes.torchrun import TORCHRUN, split_launcher, split_placement, start_apart, start_together
+from nodes.torchrun import MASTER_PORT, TORCHRUN, split_launcher, split_placement, start_apart, start_together
 
-SERVER_PORT = 5555
-"""Of the first parameter server; the others follow it."""
+SERVER_PORTS = range(5555, 6555)
+"""Of the parameter servers, in the order of their shards."""
 SERVERS = "servers"
 """The host of the parameter servers."""
 
@@ -43,6 +45,9 @@ class Lab(Command):
     """Parameter servers of the own job over ZeroMQ; 0: the ranks serve each other."""
     hosts: bool = False
     """Give each rank a host of its own, with a network namespace and an address, and join them by a switch."""
+    relay: bool = False
+    """Where no private network can be had: record the own job's ZeroMQ exchange through a relay, on this host's own
+    loopback."""
     tap: str = "all"
     """Where to listen: all (every packet once); with --hosts also rank:K or servers (what that host's link carries,
     both ways); or none."""
@@ -75,33 +80,39 @@ class Lab(Command):
                 f"lab: wanted 1 worker or more and 0 servers or more, got {self.num_workers} and {self.num_servers}"
             )
         if self.command and self.train != TrainConfig():
-            raise ConfigError(
-                "lab: options of the own job have no effect on the command after --; leave out one of them"
-            )
-        nodes = foreign_job(self.command, hosts=self.hosts) if self.command else self.own_job()
+            raise ConfigError("lab: options of the own job have no effect on a command after --; leave out one of them")
+        if self.relay and (self.command or self.hosts or self.train.exchange != "zeromq" or self.num_servers < 1):
+            raise ConfigError("lab: --relay is for the own job with --exchange zeromq, servers and no --hosts")
+        nodes, routes = (foreign_job(self.command, hosts=self.hosts), ()) if self.command else self.own_job()
         hosts = tuple(dict.fromkeys(node.host for node in nodes if node.host is not None))
         return LabConfig(
             nodes=nodes,
             run=self.out,
             hosts=hosts,
+            relay=routes,
             tap=None if self.tap == "none" else self.tap.replace("rank:", "rank"),
             ring_mib=self.ring_mib,
             link_mbit=self.link_mbit,
             deadline_s=self.time_limit_s,
         )
 
-    def own_job(self) -> tuple[Node, ...]:
-        """The workers, and the parameter servers if the exchange has any."""
-        env = environment(hosts=self.hosts) | module_environment()
+    def own_job(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+        """The workers, and the parameter servers if the exchange has any; and the routes of a relay between them."""
+        env = module_environment() | environment(hosts=self.hosts, private=not self.relay)
         num_servers = self.num_servers if self.train.exchange == "zeromq" else 0
         place = address(self.num_workers) if self.hosts else "127.0.0.1"
-        endpoints = [f"tcp://{place}:{SERVER_PORT + shard}" for shard in range(num_servers)]
+        # A private network has no other users of its ports.
+        master_port, *ports = (
+            free_ports(1 + 2 * num_servers) if self.relay else (MASTER_PORT, *SERVER_PORTS[:num_servers])
+        )
+        endpoints = [f"{place}:{port}" for port in ports[:num_servers]]
+        routes = [f"{place}:{port}={server}" for port, server in zip(ports[num_servers:], endpoints, strict=False)]
         servers = tuple(
             Node(
                 name=f"server{shard}",
                 argv=module_argv(
                     "nodes.server",
-                    *("--bind", endpoint, "--world-size", str(self.num_workers)),
+                    *("--bind", f"tcp://{endpoint}", "--world-size", str(self.num_workers)),
                     *("--shard", str(shard), "--num-shards", str(num_servers)),
                     *("--deadline-s", str(self.train.deadline_s)),
                 ),
@@ -111,13 +122,17 @@ class Lab(Command):
             )
             for shard, endpoint in enumerate(endpoints)
         )
-        start = start_apart if self.hosts else start_together
         # Without the --, torchrun takes --run for an abbreviation of its own --run-path.
         arguments = ["-m", "--", "nodes.worker", "--run", str(self.out.absolute())]
         if endpoints:
-            arguments += ["--servers", ",".join(endpoints)]
+            reached = [route.split("=")[0] for route in routes] or endpoints
+            arguments += ["--servers", ",".join(f"tcp://{endpoint}" for endpoint in reached)]
+        if self.hosts:
+            workers = start_apart(arguments, num_ranks=self.num_workers, env=env)
+        else:
+            workers = start_together(arguments, num_ranks=self.num_workers, env=env, master_port=master_port)
         # Workers come first: the hosts are numbered in the order of their nodes.
-        return (*start(arguments, num_ranks=self.num_workers, env=env), *servers)
+        return (*workers, *servers), tuple(routes)
 
 
 def foreign_job(command: tuple[str, ...], *, hosts: bool) -> tuple[Node, ...]:
@@ -149,14 +164,21 @@ def resolve(command: tuple[str, ...]) -> tuple[str, ...]:
     raise ConfigError(f"lab: {program}: no such program; after -- comes a command such as: torchrun train.py")
 
 
-def environment(*, hosts: bool) -> dict[str, str]:
+def environment(*, hosts: bool, private: bool = True) -> dict[str, str]:
     """What makes the libraries of a job use the lab's interface, and one thread a rank unless the caller says more."""
     interface = "eth0" if hosts else "lo"
-    libraries = ("GLOO", "TP", "NCCL")
+    libraries = ("GLOO", "TP", "NCCL") if private else ()
     return {f"{library}_SOCKET_IFNAME": interface for library in libraries} | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Ports of loopback that nobody uses now."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return tuple(server.getsockname()[1] for server in servers)
 
 
 def new_run_folder(run: Path, *, overwrite: bool) -> None:

@@ -81,18 +81,32 @@ class Said:
 
 
 def said(file: IO[bytes]) -> Said:
-    """Reads a capture of IPv4 TCP; whatever else is in it is only counted."""
+    """Reads a capture of IPv4 TCP; whatever else is in it is only counted. Fails where a packet is there twice."""
     segments: dict[tuple[str, int, str, int], dict[int, bytes]] = defaultdict(dict)
+    packets: set[tuple[tuple[str, int, str, int], int, int]] = set()
     num_packets = 0
     for _, frame in dpkt.pcapng.Reader(file):
         num_packets += 1
         packet = dpkt.ethernet.Ethernet(frame).data
         if isinstance(packet, dpkt.ip.IP) and isinstance(packet.data, dpkt.tcp.TCP) and packet.data.data:
             tcp, (source, destination) = packet.data, (".".join(map(str, end)) for end in (packet.src, packet.dst))
-            flow = segments[source, tcp.sport, destination, tcp.dport]
-            assert tcp.seq not in flow, f"{source}: the same segment twice"
-            flow[tcp.seq] = tcp.data
-    return Said(num_packets, {flow: b"".join(parts[at] for at in sorted(parts)) for flow, parts in segments.items()})
+            flow = source, tcp.sport, destination, tcp.dport
+            # A busy kernel may say something again, perhaps cut differently; that is another packet, with its own id.
+            assert (flow, tcp.seq, packet.id) not in packets, f"{source}: the same packet twice"
+            packets.add((flow, tcp.seq, packet.id))
+            segments[flow][tcp.seq] = max(segments[flow].get(tcp.seq, b""), tcp.data, key=len)
+    return Said(num_packets, {flow: joined(parts) for flow, parts in segments.items()})
+
+
+def joined(segments: dict[int, bytes]) -> bytes:
+    """The bytes of segments by sequence number: they may overlap, but leave no hole."""
+    if max(segments) - min(segments) > 2**31:  # the numbers began again at 0
+        segments = {at + 2**32 if at < 2**31 else at: data for at, data in segments.items()}
+    data, start = b"", min(segments)
+    for at in sorted(segments):
+        assert at - start <= len(data), "a hole"
+        data = data[: at - start] + segments[at] + data[at - start + len(segments[at]) :]
+    return data
 
 
 def to_port(heard: Said, port: int) -> dict[str, bytes]:

@@ -185,7 +185,7 @@ def test_where_no_private_network_can_be_had_one_line_says_why(tmp_path: Path, m
         refusing.write_text("#!/bin/sh\necho 'unshare: unshare failed: Operation not permitted' >&2; exit 1\n")
         refusing.chmod(0o755)
         monkeypatch.setattr(shutil, "which", lambda _: str(refusing))
-        with pytest.raises(NetworkError, match=r"Operation not permitted; .*run the job elsewhere"):
+        with pytest.raises(NetworkError, match=r"Operation not permitted; .*gradtap lab --relay"):
             private_network()
     finally:
         private_network.cache_clear()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from attack.algorithms import METHODS, Answer, Reconstruction, Status
-from attack.certificate import predict_mse
+from attack.certificate import certify
 from attack.engine.context import Context, Progress
 from attack.engine.target import Refused, Target, prepare
 from attack.errors import AttackError
@@ -99,11 +99,12 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
             f"its gradient differs by {residual:.1e} of the observed one, at most {target.tolerance:.1e} is a match"
         )
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
-    predicted = predict_mse(target, inputs, answer.labels, answer.belief, context)
-    fields["predicted_mse"] = predicted
+    certificate = certify(target, inputs, answer.labels, answer.belief, context)
+    fields["predicted_mse"] = certificate.predicted_mse
     low, high = target.input_range
-    if predicted is not None and not predicted <= UNDETERMINED * (high - low) ** 2:
-        return fields | {"reason": f"the gradient matches, but so do other inputs: predicted error {predicted:.1e}"}
+    if not certificate.at_least <= UNDETERMINED * (high - low) ** 2:
+        at_least = f"off by {certificate.at_least:.1e} or more, mean square"
+        return fields | {"reason": f"the gradient matches, but so do other inputs: it is {at_least}"}
     frames = answer.film.frames
     return fields | {
         "status": Status.CONVERGED,

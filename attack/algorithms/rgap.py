@@ -21,12 +21,14 @@ from attack.engine.context import Context, Progress
 from attack.engine.film import MAX_FRAMES, Film
 from attack.engine.labels import NoLabel, read_label
 from attack.engine.layers import check
+from attack.engine.linearized import Linearized, conjugate_gradients
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, walk_back
 
 RANK_ONE = 1e-3
 """Largest share of the last layer's gradient that may lie outside its first singular pair, for one example."""
 
+POLISH_ITERATIONS = 12
 FILM_STRIDE = 4
 """Iterations between two frames of the film."""
 
@@ -43,8 +45,8 @@ def rgap(target: Target, context: Context) -> Answer:
         return Answer(inputs=None, labels=None, reason=str(error))
     except OutOfTime:
         return Answer(inputs=None, labels=None, reason="the deadline passed")
-    inputs = belief.mean.view(1, *target.input_shape)
     film = _film(target, belief, label)
+    inputs = _polish(target, belief, label, context)
     residual = target.residual(inputs, label)
     film.take(film.history[-1][0] + FILM_STRIDE, residual, inputs)
     context.progress(Progress(method="rgap", evaluations=1, residual=residual, seconds_left=context.seconds_left))
@@ -63,6 +65,30 @@ def _check_rank_one(target: Target) -> None:
             "the last layer's gradient is not an outer product: more than one example in the batch, or a gradient that "
             "was changed"
         )
+
+
+def _polish(target: Target, belief: Belief, label: Tensor, context: Context) -> Tensor:
+    """The belief's mean, moved by one step of Gauss-Newton on the whole match where that still shows more than the
+    noise.
+
+    The walk uses each equation once, from above; what it makes of an inexact error, the full match puts right. With the
+    belief as preconditioner, a few iterations are enough: on trained LeNets they gain some ten decibels.
+    """
+    inputs = belief.mean.view(1, *target.input_shape)
+    residual = target.residual(inputs, label)
+    if residual <= 2 * target.expected_residual or belief.factor is None:
+        return inputs
+    factor = belief.factor
+    match = Linearized(target, inputs, label)
+    step, _ = conjugate_gradients(
+        match.multiply,
+        match.downhill,
+        context,
+        goal=1e-3,
+        iterations=POLISH_ITERATIONS,
+        precondition=lambda r: torch.cholesky_solve(r.view(-1, 1), factor).view_as(r),
+    )
+    return inputs + step if target.residual(inputs + step, label) < residual else inputs
 
 
 def _film(target: Target, belief: Belief, label: Tensor) -> Film:

@@ -56,7 +56,7 @@ def search(
     Everything runs in float64: on a CPU it costs the same as float32 here (4 ms an evaluation of the LeNet), and
     float32 stalls at a residual of 1e-5 to 5e-5.
     """
-    goal = max(0.1 * target.tolerance, 2 * target.expected_residual)
+    goal = target.tolerance / 3
     best: Found | None = None
     evaluations = 0
     for restart in range(RESTARTS + 1):

@@ -41,6 +41,8 @@ class Belief:
     """Inverse covariance, shape (elements, elements)."""
     weighted: Tensor
     """precision @ mean: the right-hand side of the normal equations."""
+    factor: Tensor | None = None
+    """Cholesky factor of `precision`, where it was solved for."""
     samples: Tensor
     """Draws from the belief, shape (samples, elements)."""
     error: Tensor
@@ -157,6 +159,7 @@ def _solve(
         mean=solution,
         precision=precision,
         weighted=weighted,
+        factor=factor,
         samples=samples,
         error=errors[0],
         error_samples=errors[1:],

@@ -128,6 +128,8 @@ class ZeromqReader(ProtocolReader):
                         self._session.open(flow)
                     case Sealed() if direction.sealed is not None:
                         direction.sealed.add(event.size, time)
+                    case Command(name="HELLO" | "WELCOME" as name) if direction.sealed is not None:
+                        direction.sealed.is_server = name == "WELCOME"
                     case Command(name="HELLO", data=data) if direction.sealed is None and data:
                         self.notes.add(f"flow {flow}: PLAIN: a user name and a password cross the wire in clear")
                     case Command(name="ERROR", data=data):
@@ -152,7 +154,6 @@ class ZeromqReader(ProtocolReader):
         direction.recognized = True
         if greeting.mechanism not in ("NULL", "PLAIN"):
             direction.sealed = SealedTraffic(greeting.mechanism, overhead=CURVE_OVERHEAD_BYTES)
-            direction.sealed.is_server = greeting.as_server
 
     def _take(self, flow: Flow, direction: _Direction, items: Iterator[Item]) -> None:
         for item in items:

@@ -39,7 +39,8 @@ class Greeting:
     mechanism: str
     """`NULL`, `PLAIN`, `CURVE` or another name."""
     as_server: bool
-    """Whether the sender is the security mechanism's server; always False under NULL."""
+    """Whether the sender says that it is the security mechanism's server. libzmq 4.3.5 never does, so believe who sends
+    WELCOME instead."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -35,6 +36,9 @@ Endpoint: TypeAlias = tuple[str, int]
 
 MAX_PAYLOAD = 65_495
 """What an IPv4 packet of 65,535 bytes holds behind 20 bytes each of IP and TCP."""
+
+REACH_S = 10.0
+"""How long a client waits for the other end. Without the relay it would be refused, and try again."""
 
 ETHERNET = bytes(12) + b"\x08\x00"
 """As on loopback: no addresses; IPv4 follows."""
@@ -112,7 +116,7 @@ def checksum(data: bytes) -> int:
 
 
 class Relay:
-    """Passes bytes on, each way of each connection in a thread of its own."""
+    """Passes bytes on, each way of each connection in a thread."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
@@ -136,16 +140,15 @@ class Relay:
                     break
                 for descriptor in ready:
                     listener, endpoint = listeners[descriptor]
-                    self._connect(listener.accept()[0], meant=endpoint, to=routes[endpoint])
+                    _start(self._connect, listener.accept()[0], endpoint, routes[endpoint])
         self.recorder.lock.acquire()  # for good: threads that still pass bytes on write no half packet at the exit
         if self.failure is not None:
             raise self.failure
 
-    def _connect(self, client: socket.socket, *, meant: Endpoint, to: Endpoint) -> None:
-        try:
-            server = socket.create_connection(to)
-        except OSError:
-            client.close()  # nobody is there yet: the client is told so, and tries again
+    def _connect(self, client: socket.socket, meant: Endpoint, to: Endpoint) -> None:
+        server = reach(to)
+        if server is None:
+            client.close()
             return
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a relay must not hold back what was sent
@@ -154,8 +157,8 @@ class Relay:
         except RecordError as error:
             self._stop(error)
             return
-        for sender, source, destination in ((0, client, server), (1, server, client)):
-            threading.Thread(target=self._pass_on, args=(connection, sender, source, destination), daemon=True).start()
+        _start(self._pass_on, connection, 1, server, client)
+        self._pass_on(connection, 0, client, server)
 
     def _pass_on(self, connection: Connection, sender: int, source: socket.socket, destination: socket.socket) -> None:
         try:
@@ -176,6 +179,21 @@ class Relay:
     def _stop(self, error: RecordError) -> None:
         self.failure = self.failure or error
         os.write(self._fail, b"!")
+
+
+def _start(target: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=target, args=arguments, daemon=True).start()
+
+
+def reach(endpoint: Endpoint) -> socket.socket | None:
+    """A connection to an end that may only just be starting; None where it stays away."""
+    end = time.monotonic() + REACH_S
+    while time.monotonic() < end:
+        try:
+            return socket.create_connection(endpoint)
+        except OSError:
+            time.sleep(0.05)
+    return None
 
 
 def listen(endpoint: Endpoint) -> socket.socket:

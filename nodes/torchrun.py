@@ -113,6 +113,6 @@ def root_cause(lines: Sequence[str]) -> str | None:
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     # Torch marks what a rank prints once it has joined, and this project's worker all that it says.
     own = re.compile(rf"(\[rank{fields['rank']}\]|rank {fields['rank']}): \S")
-    said = [line for line in lines[: heading[-1]] if own.match(line)]
-    said = said or [line for line in lines[: heading[-1]] if re.match(r"[\w.]+(Error|Exception): ", line)]
+    any_rank = re.compile(r"(?!torch\.distributed\.elastic)[\w.]+(Error|Exception): ")
+    said = [line for pattern in (any_rank, own) for line in lines[: heading[-1]] if pattern.match(line)]
     return f"torchrun says that rank {fields['rank']} failed first: it {how}" + (f" ({said[-1]})" if said else "")

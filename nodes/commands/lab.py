@@ -122,13 +122,15 @@ class Lab(Command):
             )
             for shard, endpoint in enumerate(endpoints)
         )
-        # Without the --, torchrun takes --run for an abbreviation of its own --run-path.
-        arguments = ["-m", "--", "nodes.worker", "--run", str(self.out.absolute())]
+        arguments = ["-m", "nodes.worker", "--config", str(self.out.absolute())]
         if endpoints:
             reached = [route.split("=")[0] for route in routes] or endpoints
             arguments += ["--servers", ",".join(f"tcp://{endpoint}" for endpoint in reached)]
         if self.hosts:
-            workers = start_apart(arguments, num_ranks=self.num_workers, env=env)
+            workers = tuple(
+                dataclasses.replace(worker, argv=(*worker.argv, "--host", address(rank)))
+                for rank, worker in enumerate(start_apart(arguments, num_ranks=self.num_workers, env=env))
+            )
         else:
             workers = start_together(arguments, num_ranks=self.num_workers, env=env, master_port=master_port)
         # Workers come first: the hosts are numbered in the order of their nodes.

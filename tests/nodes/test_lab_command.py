@@ -29,11 +29,21 @@ def test_own_job_without_zeromq_has_no_servers(tmp_path: Path) -> None:
     assert "--servers" not in workers.argv
 
 
+def test_relay_stands_between_workers_and_servers(tmp_path: Path) -> None:
+    config = Lab(out=tmp_path, num_servers=2, relay=True).config()
+    here, there = zip(*(route.split("=") for route in config.relay), strict=True)
+    workers, *servers = config.nodes
+    assert workers.argv[-1] == ",".join(f"tcp://{endpoint}" for endpoint in here)
+    assert [server.argv[server.argv.index("--bind") + 1] for server in servers] == [f"tcp://{end}" for end in there]
+    with pytest.raises(ConfigError, match="--relay is for the own job"):
+        Lab(out=tmp_path, relay=True, train=TrainConfig(exchange="ddp")).config()
+
+
 def test_hosts_are_numbered_by_rank_and_servers_come_last(tmp_path: Path) -> None:
     config = Lab(out=tmp_path, num_workers=2, hosts=True, tap="rank:1").config()
     assert config.hosts == ("rank0", "rank1", "servers")
     assert config.tap == "rank1"
-    assert config.nodes[0].argv[-1] == "tcp://10.77.0.3:5555"
+    assert config.nodes[1].argv[-4:] == ("--servers", "tcp://10.77.0.3:5555", "--host", "10.77.0.2")
     assert config.nodes[0].env["GLOO_SOCKET_IFNAME"] == "eth0"
 
 

@@ -92,14 +92,12 @@ class MessageDecoder:
             return
         count, self._first, self._count = self._count, None, 0
         item = self._pair(first, frame, count)
-        if isinstance(item, Message):
-            yield from self._release()
-            self._held = item
-        elif first.holes:
-            yield from self._release()
-            yield item
-        else:
+        if isinstance(item, Refused) and item.foreign:
             yield from self.refuse("what follows it is not a message")
+        yield from self._release()
+        if isinstance(item, Message):
+            self._held = item
+        else:
             yield item
 
     def _pair(self, first: Frame, last: Frame, count: int) -> Item:

@@ -13,10 +13,10 @@ import numpy as np
 
 MAX_MESSAGES = 1 << 20
 """Sizes and times that are kept of a direction, 12 bytes each: what comes later is counted only."""
-SMALL_BYTES = 400
-"""Headers, handshakes and heartbeats are smaller; a step's payloads, unless the model is tiny, are larger."""
+SMALL_BYTES = 64
+"""Heartbeats and empty messages are smaller, sealed; they do not follow the steps."""
 MAX_PERIOD = 4096
-"""Messages of a step that are looked for; 1 GiB in chunks of 256 KiB."""
+"""Messages of a step that are looked for: headers and payloads of 512 MiB in chunks of 256 KiB."""
 
 
 class SealedTraffic:
@@ -56,9 +56,10 @@ class SealedTraffic:
         }
 
     def _estimate(self) -> dict[str, Any] | None:
-        """Steps, from the shortest period with which the sizes of large messages repeat; None where they do not.
+        """Steps, from the shortest period with which the sizes of messages repeat; None where they do not.
 
-        A guess: a vector whose chunks are all of one size looks like that many steps of one chunk.
+        A guess: a vector whose chunks are all of one size looks like that many steps of one chunk. The bytes of a step
+        are its headers and payloads, without what sealing adds.
         """
         sizes, times = np.array(self._sizes), np.array(self._times)
         large = sizes > SMALL_BYTES

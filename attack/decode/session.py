@@ -301,9 +301,7 @@ class Session:
         A header has no checksum of its own. What a rank sends is answered, and all ranks send and get the same places:
         so a place, or a step, that only one message names is one that its header got wrong.
         """
-        return len(flows) > 1 or any(
-            flow.reverse in self._silenced or flow.reverse not in self._seen for flow in flows
-        )
+        return len(flows) > 1 or any(flow.reverse in self._silenced or flow.reverse not in self._seen for flow in flows)
 
     def _average(self, step: int, seen: _Step, believed: set[Place]) -> _Assembly:
         """The averaged gradient: as answered, or computed where all parts are known; unknown where the two differ."""

@@ -16,7 +16,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     body = [["-" if cell is None else _text(cell) for cell in row] for row in rows]
     raw = list(zip(*body, strict=True)) if body else [()] * len(columns)
     for name, cells in zip(columns, raw, strict=True):
-        numbers = all(cell in ("-", "yes", "no") or cell.replace(".", "", 1).lstrip("+-")[:1].isdigit() for cell in cells)
+        numbers = all(
+            cell in ("-", "yes", "no") or cell.replace(".", "", 1).lstrip("+-")[:1].isdigit() for cell in cells
+        )
         drawn.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in body:
         drawn.add_row(*row)

@@ -34,16 +34,17 @@ class ServerConfig:
 def main() -> int:
     """Returns the exit code."""
     config = tyro.cli(Annotated[ServerConfig, tyro.conf.arg(name="")], prog="python -m nodes.server")
-    from harness.exchange.zeromq_server import serve  # torch takes a second to import: not for --help
+    from harness.exchange import ShardServer  # torch takes a second to import: not for --help
 
     try:
-        serve(
-            config.bind,
+        with ShardServer(
             world_size=config.world_size,
-            shard=config.shard,
-            num_shards=config.num_shards,
+            bind=config.bind,
+            index=config.shard,
+            servers=config.num_shards,
             deadline_s=config.deadline_s,
-        )
+        ) as server:
+            server.serve()
     except (GradtapError, OSError) as error:
         console.print(f"server {config.shard}: {error}", markup=False)
         return 1

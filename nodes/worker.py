@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m nodes.worker --out RUN --exchange allreduce --steps 20
     torchrun --nproc-per-node 2 -m nodes.worker --out RUN --servers tcp://127.0.0.1:5555
-    torchrun --nproc-per-node 2 -m nodes.worker --run RUN --resume
+    torchrun --nproc-per-node 2 -m nodes.worker --config RUN --resume
 
 Reads rank and world size from torchrun's environment. Without `--servers`, the ranks of a ZeroMQ exchange serve the
 shards themselves.
@@ -37,6 +37,8 @@ class WorkerConfig:
     """Run folder to write; it is made where it is missing."""
     servers: str = ""
     """Endpoints of the parameter servers, in order of their shards, with commas between; empty: the ranks serve."""
+    host: str = "127.0.0.1"
+    """Address of this rank by which the others reach it, where ranks serve; it listens there and nowhere else."""
     resume: bool = False
     """Go on from the last checkpoint of the run folder."""
 
@@ -56,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> WorkerConfig:
-    """`--run RUN` takes the options of that folder's config.json; those that are given beside it win."""
+    """`--config RUN` (torchrun reads `--run` as its own `--run-path`) takes the options of that folder's config.json; those that are given beside it win."""
     default = WorkerConfig()
-    if "--run" in arguments:
-        at = arguments.index("--run")
+    if "--config" in arguments:
+        at = arguments.index("--config")
         folder = Path(*arguments[at + 1 : at + 2])
         default = WorkerConfig(train=read_config(folder), out=folder)
         del arguments[at : at + 2]
@@ -73,7 +75,7 @@ def run(config: WorkerConfig) -> None:
 
     rank, world_size = _place()
     if config.resume and config.out is None:
-        raise ConfigError("resume: wanted --run RUN or --out RUN, the folder that holds the checkpoints")
+        raise ConfigError("resume: wanted --config RUN or --out RUN, the folder that holds the checkpoints")
     trainer = Trainer(config.train, rank=rank, world_size=world_size)
     if config.out is not None:
         if config.resume:
@@ -82,7 +84,14 @@ def run(config: WorkerConfig) -> None:
             write_config(config.out, trainer.config, world_size=world_size)
     servers = [endpoint for endpoint in config.servers.split(",") if endpoint]
     with (
-        connect(config.train, rank=rank, world_size=world_size, servers=servers) as exchange,
+        connect(
+            config.train.exchange,
+            rank=rank,
+            world_size=world_size,
+            servers=servers,
+            deadline_s=config.train.deadline_s,
+            host=config.host,
+        ) as exchange,
         _progress(config.train.steps, first=trainer.steps_done, show=rank == 0) as tell,
     ):
         trainer.train(exchange, run=config.out, progress=tell)

@@ -21,6 +21,8 @@ from harness.exchange.process_group import ProcessGroupExchange, all_reduced_byt
 class DDPExchange(ProcessGroupExchange):
     """One rank of a stock DDP job. Uses the parameters' `.grad`, and leaves them None."""
 
+    _ddp: DistributedDataParallel | None = None
+
     def start(self, model: nn.Module, *, step: int) -> None:
         """See `Exchange.start`. Also raises ExchangeError where a parameter is frozen: stock DDP would not send it."""
         self._step = step
@@ -31,10 +33,17 @@ class DDPExchange(ProcessGroupExchange):
         with self._one_line("weights of rank 0"):
             self._ddp = DistributedDataParallel(Carrier(model))
 
+    def close(self) -> None:
+        # The reducer holds the group too: let go of it first, or the group would outlive `destroy_process_group`, and
+        # end without its peers, which hangs.
+        self._ddp = None
+        super().close()
+
     def average(self, gradient: Tensor, *, step: int) -> Tensor:
         self._step = step
         for parameter in self._parameters:
             parameter.grad = None
+        assert self._ddp is not None, "start comes first"
         with self._one_line(f"gradients of all {self.world_size} ranks"):
             self._ddp(gradient.detach()).backward()
         averages = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

@@ -28,16 +28,21 @@ class Shard:
     """The logic of server `index` of `servers`, in a run of `world_size` ranks."""
 
     def __init__(
-        self, *, run: bytes, world_size: int, index: int = 0, servers: int = 1, rank: int = SERVER_RANK
+        self, *, run: bytes | None = None, world_size: int, index: int = 0, servers: int = 1, rank: int = SERVER_RANK
     ) -> None:
-        """`rank` is what its messages say of their sender: the owner's, where a rank serves this shard."""
+        """
+        Args:
+            run: 8 bytes that every rank of the run knows; None: what the first rank that says HELLO calls it.
+            rank: what its messages say of their sender: the owner's, where a rank serves this shard.
+        """
         self.ranks = range(world_size)
         self.gone: set[int] = set()
         """Ranks that said BYE."""
         self.joined: dict[int, Layout] = {}
         self.step = 0
         """The step whose chunks are being added."""
-        self._run, self._rank, self._index, self._servers = run, rank, index, servers
+        self.run = run
+        self._rank, self._index, self._servers = rank, index, servers
         self._weights: dict[Chunk, None] | None = None
         """Chunks of the initial state that rank 0 still has to send; None before all have joined."""
         self._open: dict[Chunk, ChunkSum] = {}
@@ -56,10 +61,13 @@ class Shard:
         Raises: WireError where it is no message of this run, PeerError where it is one that ends the run.
         """
         header = message.header
-        if header.run != self._run:
-            raise WireError(f"wanted run {self._run.hex()}, got {header.run.hex()}; another job uses this port?")
         if sender not in self.ranks or header.rank != sender:
             raise WireError(f"wanted a rank below {len(self.ranks)} under its own name, got {header.rank} as {sender}")
+        if self.run is None and header.kind is Kind.HELLO:
+            self.run = header.run
+        if header.run != self.run:
+            wanted = "a HELLO first" if self.run is None else f"run {self.run.hex()}"
+            raise WireError(f"wanted {wanted}, got run {header.run.hex()}; another job uses this port?")
         if header.kind is Kind.ERROR:
             raise PeerError(f"rank {sender} gave up: {message.words()}")
         if header.kind is Kind.HELLO:
@@ -164,11 +172,12 @@ class Shard:
         return agreed == (self.step, total, "float32", "dense")
 
     def _header(self, kind: Kind, *, like: Header | None = None, size: int = 0) -> Header:
+        assert self.run is not None  # nobody is spoken to before somebody has said HELLO
         if like is None:
-            return Header(kind=kind, run=self._run, rank=self._rank, step=self.step, size=size)
+            return Header(kind=kind, run=self.run, rank=self._rank, step=self.step, size=size)
         return Header(
             kind=kind,
-            run=self._run,
+            run=self.run,
             rank=self._rank,
             step=like.step,
             at=like.at,

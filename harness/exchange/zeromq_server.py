@@ -33,7 +33,7 @@ class ShardServer:
     def __init__(
         self,
         *,
-        run: bytes,
+        run: bytes | None = None,
         world_size: int,
         bind: str = "tcp://127.0.0.1:0",
         index: int = 0,
@@ -44,7 +44,8 @@ class ShardServer:
         """Binds at once; `endpoint` then says where.
 
         Args:
-            run: 8 bytes that every rank of the run knows too; messages of other runs are dropped.
+            run: 8 bytes that every rank of the run knows too; messages of other runs are dropped. None: the run of the
+                first rank that says HELLO.
             bind: where to listen; port 0 takes a free one. Nothing authenticates a peer: beyond loopback, let only
                 the ranks reach it.
             rank: of the owner, where a rank serves this shard.
@@ -54,7 +55,7 @@ class ShardServer:
         """
         keep_freed_memory()
         self.shard = Shard(run=run, world_size=world_size, index=index, servers=servers, rank=rank)
-        self._own, self._run, self._deadline_s = rank, run, deadline_s
+        self._own, self._deadline_s = rank, deadline_s
         self._connections: dict[int, int] = {}
         """File descriptor of each rank's connection -> the rank."""
         self._lost: set[int] = set()
@@ -144,7 +145,7 @@ class ShardServer:
 
     def _meet(self, sender: bytes, message: Message, *, connection: int) -> None:
         """Remembers whose connection this is. What ended earlier under the same descriptor is forgotten first."""
-        if message.header.kind is Kind.HELLO and message.header.run == self._run:
+        if message.header.kind is Kind.HELLO and self.shard.run in (None, message.header.run):
             self._drain_watch()
             self._connections[connection] = _rank_of(sender)
 

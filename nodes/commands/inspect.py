@@ -43,6 +43,8 @@ def _text(found: dict[str, Any]) -> str:
     if parameters.get("count"):
         shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in parameters["shapes"])
         parts.append(f"{parameters['count']} parameters: {shapes}")
-    parts.append(f"Encrypted: {'yes' if found['encrypted'] else 'no'}. World size: {found['world_size'] or 'not seen'}.")
+    parts.append(
+        f"Encrypted: {'yes' if found['encrypted'] else 'no'}. World size: {found['world_size'] or 'not seen'}."
+    )
     parts += [f"- {note}" for note in found.get("notes", [])]
     return "\n".join(parts)

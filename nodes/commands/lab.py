@@ -54,7 +54,7 @@ class Lab(Command):
     link_mbit: float | None = None
     """With --hosts: speed of each host's link, in Mbit/s."""
     ring_mib: int | None = None
-    """Memory for packets that are not yet written, in MiB; otherwise an eighth of what is available, at most 512."""
+    """Memory for packets that are not yet written, in MiB; otherwise an eighth of what is available, at most 1024."""
     time_limit_s: float = 3600.0
     """End everything after this long, in seconds."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)

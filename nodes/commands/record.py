@@ -30,7 +30,7 @@ class Record(Command):
     seconds: float | None = None
     """How long; otherwise until Ctrl-C."""
     ring_mib: int | None = None
-    """Memory for packets that are not yet written, in MiB; otherwise an eighth of what is available, at most 512."""
+    """Memory for packets that are not yet written, in MiB; otherwise an eighth of what is available, at most 1024."""
     overwrite: bool = False
     """Replace the file if it is there."""
 

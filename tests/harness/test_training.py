@@ -9,30 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from harness.config import TrainConfig, read_config, write_config
 from harness.errors import CheckpointError, ConfigError
-from harness.exchange.base import Exchange, Traffic, flat_state
+from harness.exchange import LocalExchange
+from harness.exchange.base import flat_state
 from harness.training import Trainer, resolve_model
-
-
-class Alone(Exchange):
-    """A world of one rank: the average is the gradient itself, in memory that is used again."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self) -> None:
-        self.traffic = Traffic()
-
-    def start(self, model: nn.Module, *, step: int) -> None:
-        self.result = torch.empty(sum(parameter.numel() for parameter in model.parameters()))
-
-    def average(self, gradient: torch.Tensor, *, step: int) -> torch.Tensor:
-        return self.result.copy_(gradient)
-
-    def close(self) -> None:
-        pass
 
 
 def trained(config: TrainConfig, run: Path | None = None, *, resume: bool = False) -> torch.Tensor:
@@ -40,7 +22,7 @@ def trained(config: TrainConfig, run: Path | None = None, *, resume: bool = Fals
     if resume:
         assert run is not None
         trainer.resume(run)
-    trainer.train(Alone(), run=run)
+    trainer.train(LocalExchange(), run=run)
     return flat_state(trainer.model)
 
 
@@ -67,7 +49,7 @@ def test_plain_sgd_is_the_update_that_it_says() -> None:
     config = dataclasses.replace(SMALL, steps=1, optimizer="sgd:lr=0.5")
     trainer = Trainer(config, rank=0, world_size=1)
     before, seen = flat_state(trainer.model), []
-    trainer.train(Alone(), progress=lambda step, gradients: seen.append(gradients.flat))
+    trainer.train(LocalExchange(), progress=lambda step, gradients: seen.append(gradients.flat))
     # One float32 rounding of lr * g and one of the difference: a unit in the last place of weights below 1.
     assert torch.allclose(flat_state(trainer.model), before - 0.5 * seen[0], rtol=0, atol=2**-23)
 

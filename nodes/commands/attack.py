@@ -1,0 +1,166 @@
+"""`gradtap attack FILE --model M --out DIR`: reconstructs the batches behind the gradients that a capture shows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from attack.decode.export import read_observations
+from attack.decode.recording import Recording
+from attack.observation import Knowledge, Observation
+from attack.victims import Listener, Plan, VictimProgress, attack_all
+from harness.errors import ConfigError
+from harness.models import load_model
+from harness.models.spec import parse_spec
+from nodes.commands.base import Command, Result
+from nodes.console import console, table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack(Command):
+    """Reconstructs the batches behind the gradients that a capture, or what `decode` wrote of one, shows."""
+
+    file: tyro.conf.Positional[Path]
+    """Capture file (pcapng, pcap), or observations (safetensors) that `gradtap decode` wrote."""
+    model: str
+    """The public architecture: a built-in name with options, package.module:factory, or path/file.py:factory."""
+    out: Path
+    """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
+    method: str = "auto"
+    """auto, dlg, idlg or rgap."""
+    victim: str | None = None
+    """rank:R for one rank; left out: all that were observed."""
+    steps: str | None = None
+    """A:B for steps A to B - 1, or one step; left out: all that were observed."""
+    batch_size: int | None = None
+    """Examples in a rank's batch, if you know it."""
+    labels: tuple[int, ...] | None = None
+    """The batch's labels, if you know them."""
+    input_shape: str | None = None
+    """Shape of one input, e.g. 3x32x32; needed where the model does not say it itself (its attribute input_shape)."""
+    input_range: tuple[float, float] = (0.0, 1.0)
+    """Lowest and highest value of an input."""
+    loss: str = "cross_entropy"
+    """The job's loss."""
+    optimizer: str | None = None
+    """The job's update rule, e.g. sgd:lr=0.1, if you know it: without it, only the first step's weights are known."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    seed: int = 0
+    """Fixes every random draw."""
+    deadline_s: float = 120.0
+    """Longest time for one victim, in seconds."""
+    processes: int | None = None
+    """Victims attacked at once; left out: one for each core."""
+
+    def run(self) -> Result:
+        """Decodes, attacks, writes the answer."""
+        knowledge = Knowledge(
+            model=self.model,
+            loss=self.loss,
+            input_shape=self._input_shape(),
+            input_range=self.input_range,
+            batch_size=self.batch_size,
+            labels=self.labels,
+            optimizer=self.optimizer,
+        )
+        plan = Plan(
+            method=self.method,
+            seed=self.seed,
+            device=self.device,
+            deadline_s=self.deadline_s,
+            processes=self.processes,
+        )
+        chosen = self._chosen(observations(self.file, optimizer=self.optimizer))
+        with listening() as listener:
+            answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
+        victims = answer["victims"]
+        return Result(json=answer, text=_text(victims, self.out), ok=any(v["status"] == "converged" for v in victims))
+
+    def _input_shape(self) -> tuple[int, ...]:
+        if self.input_shape is not None:
+            shape = parse_spec(f"model:input={self.input_shape}")[1]["input"]
+            shape = (shape,) if isinstance(shape, int) else shape
+            if not isinstance(shape, tuple):
+                raise ConfigError(f"input-shape: wanted sizes such as 3x32x32, got {self.input_shape}")
+            return shape
+        shape = getattr(load_model(self.model), "input_shape", None)
+        if shape is None:
+            raise ConfigError(f"model {self.model!r} does not say its input's shape; add e.g. --input-shape 3x32x32")
+        return tuple(shape)
+
+    def _chosen(self, seen: Iterable[Observation]) -> Iterator[Observation]:
+        rank = _number(r"rank:(\d+)", self.victim, "victim: wanted rank:R")
+        first, last = 0, None
+        if self.steps is not None:
+            match = re.fullmatch(r"(\d+)(?::(\d+))?", self.steps)
+            if match is None:
+                raise ConfigError(f"steps: wanted A:B or one step, got {self.steps}")
+            first = int(match[1])
+            last = int(match[2]) if match[2] else first + 1
+        for observation in seen:
+            if last is not None and observation.step >= last:
+                return
+            if observation.step >= first and rank in (None, observation.rank):
+                yield observation
+
+
+def observations(file: Path, *, optimizer: str | None) -> Iterable[Observation]:
+    """What a capture, or a file that `decode` wrote, shows."""
+    if file.suffix == ".safetensors":
+        return read_observations(file)
+    return Recording(file, optimizer=optimizer).observations()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Listener]:
+    """Shows how far the attack is: a bar on a terminal, elsewhere a line for each victim that is done."""
+    columns = (
+        TextColumn("attacking"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("attacking", total=None, now="")
+
+        def listen(news: VictimProgress) -> None:
+            where = f"step {news.step} rank {news.rank}"
+            bar.update(task, total=news.total, completed=news.done, now=f"{where}: {_now(news)}")
+            if news.status is not None and not console.is_terminal:
+                console.print(f"{where}: {news.status}", markup=False)
+
+        yield listen
+
+
+def _now(news: VictimProgress) -> str:
+    if news.now is None:
+        return str(news.status)
+    return f"{news.now.method}, residual {news.now.residual:.1e}, at most {news.now.seconds_left:.0f} s left"
+
+
+def _number(pattern: str, text: str | None, wanted: str) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        raise ConfigError(f"{wanted}, got {text}")
+    return int(match[1])
+
+
+def _text(victims: list[dict[str, Any]], out: Path) -> str:
+    rows = [
+        [v["step"], v["rank"], v["status"], v["method"], v["seconds"], v["gradient_residual"], v["predicted_mse"]]
+        for v in victims
+    ]
+    lines = [table(["step", "rank", "status", "method", "seconds", "residual", "predicted MSE"], rows)]
+    lines += [f"step {v['step']} rank {v['rank']}: {v['reason']}" for v in victims if v.get("reason")]
+    return "\n".join([*lines, str(out)])

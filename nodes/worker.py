@@ -58,7 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: list[str]) -> WorkerConfig:
-    """`--config RUN` (torchrun reads `--run` as its own `--run-path`) takes the options of that folder's config.json; those that are given beside it win."""
+    """`--config RUN` takes the options of that folder's config.json; those that are given beside it win.
+
+    Not `--run`: torchrun would read that as short for its own `--run-path`.
+    """
     default = WorkerConfig()
     if "--config" in arguments:
         at = arguments.index("--config")

@@ -74,6 +74,6 @@ def test_four_ranks_equal_one_process(tmp_path: Path, exchange: str, exact: torc
     done = torchrun(tmp_path)
     assert done.returncode == 0, done.stderr
     # The ranks add the same examples' gradients in float32 in another order, so they end as far from the exact weights
-    # as one process in float32 does, give or take: a relative 2e-7 (seen: 1.8e-7 to 2.5e-7), where a wrong average is off by 1e-2.
-    # Each order of adding is another draw of the roundings: three times the size of one draw is room enough.
+    # as one process in float32 does, give or take: a relative 2e-7 (seen: 1.8e-7 to 2.5e-7), where a wrong average is
+    # off by 1e-2. Each order is another draw of the roundings: three times the size of one draw is room enough.
     assert distance(weights(tmp_path, STEPS), exact) < 3 * rounding < 1e-5

@@ -159,7 +159,11 @@ def run_lab(config: LabConfig) -> LabResult:
     if "error" in answer:
         raise NodeError(answer["error"])
     result = LabResult(**answer | {"capture": config.capture, "log_tail": tuple(answer["log_tail"])})
-    (config.run / RESULT_NAME).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    try:
+        (config.run / RESULT_NAME).write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    except OSError:
+        if result.ok:  # otherwise the disk is full, and the message says so
+            raise
     if interrupted:
         raise KeyboardInterrupt
     return result

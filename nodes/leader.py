@@ -27,6 +27,9 @@ from nodes.torchrun import root_cause
 TAP = "tap"
 TAIL_LINES = 20
 
+TAP_GRACE_S = 30.0
+"""A full ring of 1 GiB takes this long to write to a slow disk."""
+
 GOODBYE_S = 2.0
 """A service that ends by itself when its clients have gone gets this long for it; any other is then told to end."""
 
@@ -57,9 +60,7 @@ def lead(config: LabConfig, *, control: int) -> LabResult:
         loopback_up()
         if config.hosts:
             hosts = build_hosts(config.hosts, link_mbit=config.link_mbit)
-    supervisor = Supervisor(
-        logs=config.logs, deadline_s=config.deadline_s, grace_s=config.grace_s, control=control, echo=config.echo
-    )
+    supervisor = Supervisor(logs=config.logs, deadline_s=config.deadline_s, control=control, echo=config.echo)
     report = TapReport()
     jobs = [node.name for node in config.nodes if not node.service]
     services = [node.name for node in config.nodes if node.service]
@@ -75,8 +76,8 @@ def lead(config: LabConfig, *, control: int) -> LabResult:
         supervisor.wait(lambda: supervisor.ended(services), patience_s=GOODBYE_S)
     except (Stopped, NodeError) as end:
         stopped = str(end)
-    supervisor.end(node.name for node in config.nodes)
-    supervisor.end([TAP])  # last, so that it hears them all to their end
+    supervisor.end((node.name for node in config.nodes), grace_s=config.grace_s)
+    supervisor.end([TAP], grace_s=TAP_GRACE_S)  # last, so that it hears them all to their end
     ends = supervisor.ends
     # A service, or the tap, that is told to end must still end well: the tap may find the disk full at its last write.
     failed = supervisor.failed or ([] if stopped else [end for end in ends if not end.ok])
@@ -95,8 +96,11 @@ def name_things(config: LabConfig) -> None:
     # The machine's own name may stand for an address that this network has not: torchrun would wait for it.
     socket.sethostname("localhost")
     names = config.run / "hosts"
-    names.write_text(hosts_file(config.hosts))
-    for show in (mount_proc, lambda: mount_file(names, "/etc/hosts")):
+    for show in (
+        mount_proc,
+        lambda: names.write_text(hosts_file(config.hosts)),
+        lambda: mount_file(names, "/etc/hosts"),
+    ):
         with contextlib.suppress(OSError):
             show()
 

@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--route", action="append", required=True, type=parse_route, help="HOST:PORT=HOST:PORT")
     parser.add_argument("--out", type=Path, required=True, help="the pcapng file to write")
     options = parser.parse_args()
-    with stopped_by_signals() as stop:
+    with stopped_by_signals(until_exit=True) as stop:
         try:
             with create(options.out) as file:
                 recorder = Recorder(file)

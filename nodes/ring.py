@@ -68,7 +68,8 @@ class Ring:
         self.interface = interface
         self.number = number
         self.counts = Counts()
-        self._packets_read = 0
+        self.packets_read = 0
+        """Packets of the blocks that were handed over and given back."""
         self._next_block = 0
         # Protocol 0: nothing arrives before the bind below, so no packet of another interface slips in.
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
@@ -132,7 +133,7 @@ class Ring:
             finally:
                 STATUS.pack_into(self._memory, block_at + 8, 0)  # the kernel's again
                 self._next_block = (self._next_block + 1) % self.num_blocks
-                self._packets_read += num_packets
+                self.packets_read += num_packets
 
     def _packets(self, at: int, num_packets: int) -> list[Packet]:
         packets: list[Packet] = []
@@ -159,7 +160,7 @@ class Ring:
     def drained(self) -> bool:
         """True where every packet that the kernel put into the ring has been read."""
         counts = self.count()
-        return self._packets_read == counts.received - counts.dropped
+        return self.packets_read == counts.received - counts.dropped
 
     def close(self) -> None:
         """Gives the memory back once no view of it is held any more."""

@@ -55,17 +55,16 @@ class Supervisor:
     Every wait ends early, by `Stopped`, at the deadline, on a signal, or when the control pipe closes.
     """
 
-    def __init__(self, *, logs: Path, deadline_s: float, grace_s: float, control: int | None, echo: bool) -> None:
+    def __init__(self, *, logs: Path, deadline_s: float, control: int | None, echo: bool) -> None:
         """
         Args:
             logs: folder in which each node has its `NAME.log`.
             deadline_s: for all waits together, from now.
-            grace_s: what a node gets between SIGTERM and SIGKILL.
             control: a pipe; once its other end is closed, everything ends. So a caller that was killed takes its nodes
                 along.
             echo: repeat the nodes' output on standard error, line by line with their names.
         """
-        self.logs, self.grace_s, self.echo, self.deadline_s = logs, grace_s, echo, deadline_s
+        self.logs, self.echo, self.deadline_s = logs, echo, deadline_s
         self.failed: list[NodeEnd] = []
         """Nodes that failed before they were told to end, the first one first."""
         self.deadline = time.monotonic() + deadline_s
@@ -121,10 +120,10 @@ class Supervisor:
                 raise Stopped(f"deadline of {self.deadline_s:g} s passed; still running: {running}")
             self._turn(min(self.deadline, patience_end))
 
-    def end(self, names: Iterable[str]) -> None:
+    def end(self, names: Iterable[str], *, grace_s: float) -> None:
         """Ends these nodes, as far as they were started: SIGTERM, the grace, SIGKILL. Returns when all have ended."""
         processes = [self._processes[name] for name in names if name in self._processes]
-        for number, until in ((signal.SIGTERM, time.monotonic() + self.grace_s), (signal.SIGKILL, None)):
+        for number, until in ((signal.SIGTERM, time.monotonic() + grace_s), (signal.SIGKILL, None)):
             for process in processes:
                 if process.end is None:
                     process.told = True
@@ -176,7 +175,8 @@ class Supervisor:
         with contextlib.suppress(BlockingIOError):
             while not process.output.closed:
                 text = os.read(process.output.fileno(), READ_BYTES)
-                process.log.write(text)
+                with contextlib.suppress(OSError):  # the disk is full, which whoever fails of it will say
+                    process.log.write(text)
                 *lines, process.rest = (process.rest + text).split(b"\n")
                 if not text:
                     lines = [process.rest] if process.rest else []

@@ -36,10 +36,10 @@ LINK_TYPE_ETHERNET = 1
 """What AF_PACKET hands over of loopback, veth and Ethernet; the other hardware types are refused."""
 HARDWARE_TYPES = {1: "Ethernet", 772: "loopback"}
 
-LARGEST_RING = 512 << 20
-"""Held bursts of 800 MB over loopback without loss while the disk took what it could; more only delays the start."""
+LARGEST_RING = 1 << 30
+"""Holds a burst of 800 MB even where the writer gets no time at all; more delays the start by seconds."""
 DRAIN_S = 5.0
-"""Longest wait for the last packets, which the kernel hands over within RETIRE_MS."""
+"""Longest wait for packets of which the kernel says that they are in the ring; it hands them over in RETIRE_MS."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class TapConfig:
     always recorded so."""
     ring_mib: int | None = None
     """Memory in which the kernel keeps packets until they are written, in MiB, for all interfaces together. None takes
-    an eighth of what is available, at most 512."""
+    an eighth of what is available, at most 1024."""
     seconds: float | None = None
     """Record for this long. None records until SIGTERM or SIGINT."""
 
@@ -78,7 +78,7 @@ class TapResult:
     bytes: int
     """Their bytes, link headers included."""
     dropped: int
-    """Packets that the kernel had to drop because the ring was full; they are not in the file."""
+    """Packets that arrived and are not in the file, because the ring was full."""
 
 
 def record(config: TapConfig, *, stop: int, ready: Callable[[int], None] = lambda ring_bytes: None) -> TapResult:
@@ -98,8 +98,12 @@ def record(config: TapConfig, *, stop: int, ready: Callable[[int], None] = lambd
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[int]:
-    """A descriptor that becomes readable with SIGTERM or SIGINT, which otherwise do nothing inside the block."""
+def stopped_by_signals(*, until_exit: bool = False) -> Iterator[int]:
+    """A descriptor that becomes readable with SIGTERM or SIGINT, which otherwise do nothing inside the block.
+
+    Args:
+        until_exit: they do nothing after the block either, so that a process ends with its own exit code.
+    """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -109,7 +113,7 @@ def stopped_by_signals() -> Iterator[int]:
     finally:
         signal.set_wakeup_fd(descriptor)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if until_exit else handler)
         os.close(reading)
         os.close(writing)
 
@@ -131,16 +135,18 @@ class _Recorder:
                 complete = self.file.tell()
                 self._write_all(writer)
             complete = self.file.tell()
+            dropped = 0
             for ring in self.rings:
-                counts = ring.count()
-                writer.statistics(ring.number, received=counts.received, dropped=counts.dropped)
+                received = ring.count().received
+                missed = received - ring.packets_read
+                writer.statistics(ring.number, received=received, dropped=missed)
+                dropped += missed
         except OSError as error:
             # A full disk still lets a file be cut: what is left ends with a whole packet.
             with contextlib.suppress(OSError):
                 self.file.truncate(complete)
             raise unwritable(self.config.out, error) from error
         self._refuse_losses()
-        dropped = sum(ring.counts.dropped for ring in self.rings)
         return TapResult(packets=self.packets, bytes=self.bytes, dropped=dropped)
 
     def _turns(self, stop: int) -> Iterator[None]:
@@ -160,8 +166,12 @@ class _Recorder:
             yield
         for ring in self.rings:
             ring.stop()
-        end = time.monotonic() + DRAIN_S
-        while not all(ring.drained for ring in self.rings) and time.monotonic() < end:
+        packets, end = -1, 0.0
+        while not all(ring.drained for ring in self.rings):
+            if self.packets > packets:
+                packets, end = self.packets, time.monotonic() + DRAIN_S
+            elif time.monotonic() > end:
+                return
             time.sleep(RETIRE_MS / 1000)
             yield
 
@@ -264,7 +274,7 @@ def main() -> int:
         ring_mib=options.ring_mib,
         seconds=options.seconds,
     )
-    with stopped_by_signals() as stop:
+    with stopped_by_signals(until_exit=True) as stop:
         try:
             result = record(config, stop=stop, ready=lambda ring_bytes: say({"ready": True, "ring_bytes": ring_bytes}))
         except RecordError as error:

@@ -100,6 +100,26 @@ def test_service_ends_after_the_job_and_may_not_fail(tmp_path: Path) -> None:
     assert "server: exit code 1" in result.message and "OSError: port taken" in result.message
 
 
+FULL_DISK = """
+import subprocess
+from pathlib import Path
+from nodes.lab import run_lab
+from tests.nodes.test_lab import conversation
+run = Path({run!r})
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(run)], check=True)
+result = run_lab(conversation(run))
+print(result.ok, result.message)
+"""
+
+
+@pytest.mark.lab
+def test_full_disk_ends_the_lab_with_one_line(tmp_path: Path) -> None:
+    argv = [*private_network(), sys.executable, "-c", FULL_DISK.format(run=str(tmp_path))]
+    ran = subprocess.run(argv, cwd=PROJECT, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert ran.stdout.startswith("False tap: exit code 1 after")
+    assert f"{tmp_path}/wire.pcapng: cannot be written: No space left on device (ENOSPC)" in ran.stdout
+
+
 @pytest.mark.lab
 def test_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     result = run_lab(small_lab(tmp_path, Node(name="job", argv=("no-such-program",)), tap=None))

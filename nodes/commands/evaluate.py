@@ -1,0 +1,47 @@
+"""`gradtap evaluate RUN`: opens the sealed truth beside an attack's answer, adds metrics, writes the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from attack.decode.recording import Recording
+from attack.evaluate import evaluate
+from attack.report import Chapter, write_report
+from nodes.commands.base import Command, Result
+from nodes.console import table
+from nodes.lab import CAPTURE_NAME
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Opens the truth beside an attack that has written its answer, adds metrics, and writes the report."""
+
+    run_folder: tyro.conf.Positional[Path]
+    """Run folder, with attack/ and truth/ in it."""
+
+    def run(self) -> Result:
+        """Scores RUN/attack with RUN/truth; writes RUN/attack/evaluation.json and RUN/report/index.html."""
+        found, chapter = score(self.run_folder, title=self.run_folder.name)
+        report = write_report([chapter], self.run_folder / "report")
+        return Result(json={"report": str(report), **found}, text=f"{victims_table(found['victims'])}\n{report}")
+
+
+def score(run: Path, *, title: str) -> tuple[dict[str, Any], Chapter]:
+    """The evaluation of a run, and its chapter of the report."""
+    found = evaluate(run)
+    capture = run / CAPTURE_NAME
+    inspected = Recording(capture).inspect() if capture.exists() else None
+    return found, Chapter(title=title, run=run, inspect=inspected)
+
+
+def victims_table(victims: Sequence[dict[str, Any]], *, title: str | None = None) -> str:
+    """One row a victim, and a line for each failure."""
+    rows = [[v["step"], v["rank"], v["status"], v["psnr_db"], v["mse"], v["ssim"], v["label_ok"]] for v in victims]
+    lines = [table(["step", "rank", "status", "PSNR dB", "MSE", "SSIM", "label right"], rows, title=title)]
+    lines += [f"step {v['step']} rank {v['rank']}: {v['reason']}" for v in victims if v["reason"]]
+    return "\n".join(lines)

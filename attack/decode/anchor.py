@@ -8,7 +8,8 @@ known already or that a second such message, directly behind the first, repeats.
 
 from __future__ import annotations
 
-from attack.decode.zmtp import LONG, MORE, Holes, Search
+from attack.decode.frames import Holes
+from attack.decode.zmtp import LONG, MORE, Search
 from harness.wire import MAGIC, MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, Header, WireError
 
 _LONG_HEAD = 9

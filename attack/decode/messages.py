@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from attack.decode.zmtp import Command, Event, Frame, Holes, Lost
+from attack.decode.frames import Command, Event, Frame, Holes, Lost
 from harness.wire import Header, WireError
 
 

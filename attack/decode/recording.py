@@ -21,7 +21,7 @@ from attack.decode.notes import Notes
 from attack.decode.protocol import ProtocolReader
 from attack.decode.tls import TlsReader
 from attack.decode.zeromq import ZeromqReader
-from attack.errors import AttackError
+from attack.errors import AttackError, CaptureError
 from attack.observation import Observation
 from attack.shadow import build_optimizer
 
@@ -44,8 +44,8 @@ class _Stream:
     last_time: float
     from_start: bool
     bytes: int = 0
-    gap_bytes: int = 0
-    gaps: int = 0
+    gaps: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """Offset and length of holes, up to `MAX_GAPS` in a capture."""
     head: bytearray | None = dataclasses.field(default_factory=bytearray)
     """The first bytes, until it is clear what they are."""
     reader: ProtocolReader | None = None
@@ -107,45 +107,40 @@ class Desk:
         self._events = events
         self._readers = [reader(notes=self.notes, optimizer=optimizer, run=run) for reader in READERS]
         self._streams: dict[Flow, _Stream] = {}
-        self._gaps: list[dict[str, Any]] = []
+        self._gaps = self._gap_bytes = 0
 
     def observations(self) -> Iterator[Observation]:
-        """What the streams prove. Ask once."""
-        for event in self._events:
-            match event:
-                case Opened(flow=flow, time=time, from_start=from_start):
-                    self._streams[flow] = _Stream(flow=flow, first_time=time, last_time=time, from_start=from_start)
-                case Data(flow=flow, time=time, payload=payload):
-                    self._receive(self._streams[flow], time, payload)
-                case Gap(flow=flow, time=time, offset=offset, length=length):
-                    self._gap(self._streams[flow], time, offset, length)
-                case Conflict(flow=flow, offset=offset, length=length):
-                    self._doubt(self._streams[flow], offset, offset + length)
-                case Closed(flow=flow, time=time):
-                    self._close(self._streams[flow], time)
-            if (reader := self._streams[event.flow].reader) is not None:
-                yield from reader.observations()
-        for reader in self._readers:
-            yield from reader.observations(end=True)
+        """What the streams prove. Ask once. Raises: CaptureError, after everything before the damage."""
+        try:
+            for event in self._events:
+                self._handle(event)
+                if (reader := self._streams[event.flow].reader) is not None:
+                    yield from reader.observations()
+        except CaptureError:
+            yield from self._rest()
+            raise
+        yield from self._rest()
 
     def inspect(self) -> dict[str, Any]:
         """What was found, after a pass. Ask once, and not for `observations` as well."""
         steps: dict[int, list[dict[str, Any]]] = {}
-        for seen in self.observations():
-            rank = {
-                "rank": seen.rank,
-                "complete": seen.complete,
-                "known_fraction": seen.known_fraction,
-                "exact_fraction": seen.exact_fraction,
-                "weights_known": seen.weights is not None,
-            }
-            steps.setdefault(seen.step, []).append(rank)
+        try:
+            for seen in self.observations():
+                rank = {
+                    "rank": seen.rank,
+                    "complete": seen.complete,
+                    "known_fraction": seen.known_fraction,
+                    "exact_fraction": seen.exact_fraction,
+                    "weights_known": seen.weights is not None,
+                }
+                steps.setdefault(seen.step, []).append(rank)
+        except CaptureError as error:
+            self.notes.add(f"the capture is damaged, and was read up to there: {error}")
         shapes = next((reader.shapes for reader in self._readers if reader.shapes is not None), None)
         world_size = next((reader.world_size for reader in self._readers if reader.world_size is not None), None)
         sealed = [entry for reader in self._readers for entry in reader.sealed()]
         if self._gaps:
-            total = sum(stream.gap_bytes for stream in self._streams.values())
-            self.notes.add(f"{sum(stream.gaps for stream in self._streams.values())} holes of {total} bytes in all")
+            self.notes.add(f"{self._gaps} holes, {self._gap_bytes} bytes in all")
         return {
             "flows": [self._figures(stream) for stream in self._streams.values()],
             "protocols": sorted({stream.protocol for stream in self._streams.values()}),
@@ -157,9 +152,30 @@ class Desk:
                 "count": None if shapes is None else sum(map(math.prod, shapes)),
                 "shapes": None if shapes is None else [list(shape) for shape in shapes],
             },
-            "gaps": self._gaps,
+            "gaps": [
+                {"flow": str(stream.flow), "offset": offset, "length": length}
+                for stream in self._streams.values()
+                for offset, length in stream.gaps
+            ],
             "notes": self.notes.lines(),
         }
+
+    def _rest(self) -> Iterator[Observation]:
+        for reader in self._readers:
+            yield from reader.observations(end=True)
+
+    def _handle(self, event: StreamEvent) -> None:
+        match event:
+            case Opened(flow=flow, time=time, from_start=from_start):
+                self._streams[flow] = _Stream(flow=flow, first_time=time, last_time=time, from_start=from_start)
+            case Data(flow=flow, time=time, payload=payload):
+                self._receive(self._streams[flow], time, payload)
+            case Gap(flow=flow, time=time, offset=offset, length=length):
+                self._gap(self._streams[flow], time, offset, length)
+            case Conflict(flow=flow, offset=offset, length=length):
+                self._doubt(self._streams[flow], offset, offset + length)
+            case Closed(flow=flow, time=time):
+                self._close(self._streams[flow], time)
 
     def _figures(self, stream: _Stream) -> dict[str, Any]:
         return {
@@ -171,11 +187,7 @@ class Desk:
             "from_start": stream.from_start,
             "first_time": stream.first_time,
             "last_time": stream.last_time,
-            "gaps": [
-                {"offset": gap["offset"], "length": gap["length"]}
-                for gap in self._gaps
-                if gap["flow"] == str(stream.flow)
-            ],
+            "gaps": [{"offset": offset, "length": length} for offset, length in stream.gaps],
         }
 
     def _receive(self, stream: _Stream, time: float, payload: Bytes) -> None:
@@ -191,10 +203,10 @@ class Desk:
 
     def _gap(self, stream: _Stream, time: float, offset: int, length: int) -> None:
         stream.last_time = time
-        stream.gaps += 1
-        stream.gap_bytes += length
-        if len(self._gaps) < MAX_GAPS:
-            self._gaps.append({"flow": str(stream.flow), "offset": offset, "length": length})
+        if self._gaps < MAX_GAPS:
+            stream.gaps.append((offset, length))
+        self._gaps += 1
+        self._gap_bytes += length
         if stream.head is not None:
             head = stream.head
             self._settle(stream, READERS[0], from_start=False)

@@ -11,14 +11,13 @@ import dataclasses
 from collections.abc import Hashable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from attack.capture.streams import Flow
-from attack.decode.averages import Difference, Float32, average, difference, same
+from attack.decode.averages import Float32
 from attack.decode.messages import Message
 from attack.decode.notes import Notes
-from attack.decode.vector import Mask, Origin, Piece, Place, Vector
-from attack.observation import Known
+from attack.decode.proof import DecodedStep, StepChunks, prove
+from attack.decode.vector import Origin, Piece, Place, Vector
 from harness.wire import Header, Kind, Layout, WireError
 
 MAX_STEPS_IN_FLIGHT = 3
@@ -39,29 +38,6 @@ _ROLES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RankGradient:
-    """What is known of one rank's gradient at one step."""
-
-    values: Float32
-    known: npt.NDArray[np.uint8]
-    """A `Known` for each element."""
-    bound: Float32 | None
-    """Largest error of each DIFFERENCED element; None where there is none."""
-    defense: str | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DecodedStep:
-    """One step, when nothing more will be said of it."""
-
-    step: int
-    gradients: dict[int, RankGradient]
-    """By rank: every rank of the run where its size is known, else those that were seen."""
-    average: Float32 | None
-    """The averaged gradient, where all of it is known."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class InitialState:
     """What rank 0 sent to all before the first step."""
 
@@ -70,20 +46,6 @@ class InitialState:
     weights: Float32 | None
     """All parameters, flat; None where one element is missing."""
     buffers: Float32 | None
-
-
-class _Step:
-    """What was seen of one step."""
-
-    def __init__(self) -> None:
-        self.gradients: dict[int, Vector] = {}
-        self.averages = Vector()
-        self.named: dict[Place, set[Flow]] = {}
-        """The flows that named each place: what one rank sends, the answer to it and all other ranks' parts repeat."""
-
-    @property
-    def bytes(self) -> int:
-        return self.averages.bytes + sum(vector.bytes for vector in self.gradients.values())
 
 
 class Session:
@@ -103,7 +65,7 @@ class Session:
         self._closed: set[Flow] = set()
         self._silenced: set[Flow] = set()
         self._progress: dict[Flow, int] = {}
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, StepChunks] = {}
         self._changed = False
         self._next = 0  # steps below this have been given out
         self._first: int | None = None  # the first step that was given out
@@ -170,9 +132,10 @@ class Session:
                 return
             seen = self._steps.pop(step)
             self._next = step + 1
-            if (decoded := self._decode(step, seen)) is not None:
+            believed = self._believed(seen)
+            if believed and self.total is not None:
                 self._first = step if self._first is None else self._first
-                yield decoded
+                yield prove(seen, believed, world_size=self.world_size, total=self.total, notes=self._notes)
 
     def initial_state(self) -> InitialState | None:
         """The state that was broadcast; ask when the first step is given out, as nothing is added to it then."""
@@ -184,6 +147,8 @@ class Session:
         total, count = self._weights_total, self.total
         if self.layout is not None:
             count = self.layout.parameter_count
+            if total != count + self.layout.buffer_count:
+                return None
         if total is None or count is None or count > total or (self._first is not None and self._first < step):
             return None
         values, known = np.zeros(total, np.float32), np.zeros(total, np.bool_)
@@ -242,10 +207,10 @@ class Session:
         if self._layout_disputed or (self.layout is not None and layout != self.layout):
             self._dispute_layout()
             return "ranks disagree on the model's layout: neither shapes nor the number of ranks are believed"
-        self.layout = layout
         if self.total not in (None, layout.parameter_count):
-            return f"a model of {layout.parameter_count} parameters, chunks so far of {self.total}"
-        self.total = layout.parameter_count
+            self._dispute_layout()
+            return f"a model of {layout.parameter_count} parameters, chunks so far of {self.total}: not believed"
+        self.layout, self.total = layout, layout.parameter_count
         return None
 
     def _dispute_layout(self) -> None:
@@ -267,33 +232,20 @@ class Session:
         if header.step < self._next:
             return "too late: what is known of that step was given out"
         self.total = header.total
-        step = self._steps.setdefault(header.step, _Step())
+        step = self._steps.setdefault(header.step, StepChunks(header.step))
         step.named.setdefault(_place(header), set()).add(flow)
         if header.kind is Kind.AVERAGE:
             return step.averages.add(_piece(flow, message, tag=header.rank))
         return step.gradients.setdefault(header.rank, Vector()).add(_piece(flow, message, tag=_defense(header)))
 
-    def _decode(self, step: int, seen: _Step) -> DecodedStep | None:
-        """What the chunks of a step prove together; None where they prove nothing."""
+    def _believed(self, seen: StepChunks) -> set[Place]:
+        """The places at which a step's chunks are believed to belong."""
         believed = {place for place, flows in seen.named.items() if self._confirmed(flows)}
         for place in sorted(seen.named.keys() - believed):
-            self._notes.add(f"step {step}: {place} named by one message alone, and no other confirms it: not believed")
-        if not believed or self.total is None:
-            return None
-        ranks = range(self.world_size) if self.world_size is not None else sorted(seen.gradients)
-        gradients = {rank: _Assembly(self.total) for rank in ranks}
-        for rank, assembly in gradients.items():
-            for piece in seen.gradients.get(rank, Vector()):
-                if piece.place in believed:
-                    assembly.place(piece)
-        mean = self._average(step, seen, believed)
-        if self.world_size is not None:
-            self._fill_in_owners(seen, believed, gradients)
-        return DecodedStep(
-            step=step,
-            gradients={rank: assembly.gradient() for rank, assembly in gradients.items()},
-            average=mean.values if mean.known.all() else None,
-        )
+            self._notes.add(
+                f"step {seen.step}: {place} named by one message alone, and no other confirms it: not believed"
+            )
+        return believed
 
     def _confirmed(self, flows: set[Flow]) -> bool:
         """Whether a second direction named a place, or may have, in a hole.
@@ -302,91 +254,6 @@ class Session:
         so a place, or a step, that only one message names is one that its header got wrong.
         """
         return len(flows) > 1 or any(flow.reverse in self._silenced or flow.reverse not in self._seen for flow in flows)
-
-    def _average(self, step: int, seen: _Step, believed: set[Place]) -> _Assembly:
-        """The averaged gradient: as answered, or computed where all parts are known; unknown where the two differ."""
-        assert self.total is not None
-        mean = _Assembly(self.total)
-        for place in sorted(believed):
-            answer = seen.averages.get(place)
-            parts = [vector.get(place) for vector in self._vectors(seen)]
-            if answer is not None:
-                mean.place(answer)
-            if not parts or None in parts:
-                continue
-            whole = [part for part in parts if part is not None]
-            computed, known = average([part.values for part in whole]), _common(whole)
-            differs = ~same(computed, answer.values) & known if answer is not None else np.zeros_like(known)
-            if answer is not None and answer.known is not None:
-                differs &= answer.known
-            if differs.any():
-                mean.forget(place)
-                self._notes.add(f"step {step}, {place}: the average is not that of the ranks' parts: not believed")
-            else:
-                mean.fill(place, computed, known)
-        return mean
-
-    def _vectors(self, seen: _Step) -> list[Vector]:
-        """One vector of each rank, in rank order; none where the number of ranks is not known."""
-        nothing = Vector()
-        return [seen.gradients.get(rank, nothing) for rank in range(self.world_size or 0)]
-
-    def _fill_in_owners(self, seen: _Step, believed: set[Place], gradients: dict[int, _Assembly]) -> None:
-        """A rank that serves a shard does not send its own part of it: that is the average less all other parts."""
-        vectors = self._vectors(seen)
-        for answer in seen.averages:
-            owner, place = answer.tag, answer.place
-            if not isinstance(owner, int) or owner < 0 or place not in believed or vectors[owner].overlaps(place):
-                continue
-            pieces = [None if rank == owner else vector.get(place) for rank, vector in enumerate(vectors)]
-            others = [piece for piece in pieces if piece is not None]
-            if len(others) == len(vectors) - 1:
-                parts = [piece if piece is None else piece.values for piece in pieces]
-                known = _common([answer, *others])
-                gradients[owner].place_difference(place, difference(answer.values, parts), known)
-
-
-class _Assembly:
-    """A flat vector with its mask, as it is put together."""
-
-    def __init__(self, total: int) -> None:
-        self.values: Float32 = np.zeros(total, np.float32)
-        self.known = np.zeros(total, np.uint8)
-        self.bound: Float32 | None = None
-        self.defense: str | None = None
-
-    def gradient(self) -> RankGradient:
-        return RankGradient(values=self.values, known=self.known, bound=self.bound, defense=self.defense)
-
-    def place(self, piece: Piece) -> None:
-        """Elements that were on the wire."""
-        self.defense = piece.tag if isinstance(piece.tag, str) else None
-        self.fill(piece.place, piece.values, piece.known)
-
-    def fill(self, place: Place, values: Float32, known: Mask | None) -> None:
-        """Elements that are equal to the bit to what was sent, where `known`; None: all."""
-        where = place.where
-        if known is None or known.all():
-            self.values[where] = values
-            self.known[where] = Known.RAW
-        else:
-            self.values[where][known] = values[known]
-            self.known[where][known] = Known.RAW
-
-    def place_difference(self, place: Place, found: Difference, known: Mask) -> None:
-        """Elements that were computed, where `known`."""
-        if self.bound is None:
-            self.bound = np.zeros_like(self.values)
-        where = place.where
-        known = known & found.valid
-        self.values[where][known] = found.value[known]
-        self.known[where][known] = Known.DIFFERENCED
-        self.bound[where][known] = found.bound[known]
-
-    def forget(self, place: Place) -> None:
-        """Elements that turned out not to be known."""
-        self.values[place.where] = 0
-        self.known[place.where] = Known.UNKNOWN
 
 
 def _place(header: Header) -> Place:
@@ -405,15 +272,6 @@ def _defense(header: Header) -> str | None:
     """The public side of a defense, as the header says it: `codec:key=value,key=value`; None for a plain gradient."""
     params = ",".join(f"{key}={value}" for key, value in header.params.items())
     return f"{header.codec}:{params}" if params else None
-
-
-def _common(pieces: list[Piece]) -> Mask:
-    """The elements that all of them know."""
-    known = np.ones(pieces[0].place.size, np.bool_)
-    for piece in pieces:
-        if piece.known is not None:
-            known &= piece.known
-    return known
 
 
 def _implausible(header: Header, total: int | None) -> str | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from attack.capture.streams import Flow
 from attack.decode.averages import Float32, same
-from attack.decode.zmtp import Holes
+from attack.decode.frames import Holes
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 

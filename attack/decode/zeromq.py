@@ -13,11 +13,13 @@ import torch
 
 from attack.capture.streams import Bytes, Flow
 from attack.decode.anchor import MessageAnchor
+from attack.decode.frames import Command, Event, Greeting, Lost, Resumed, Sealed
 from attack.decode.messages import Item, Message, MessageDecoder
+from attack.decode.proof import DecodedStep
 from attack.decode.protocol import ProtocolReader
 from attack.decode.sealed import SealedTraffic
-from attack.decode.session import DecodedStep, InitialState, Session
-from attack.decode.zmtp import Command, Event, Greeting, Lost, Resumed, Sealed, ZmtpDecoder
+from attack.decode.session import InitialState, Session
+from attack.decode.zmtp import ZmtpDecoder
 from attack.errors import DecodeError
 from attack.observation import Observation, Shapes
 from attack.shadow import Shadow

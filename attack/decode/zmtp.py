@@ -7,11 +7,11 @@ the frames mean: where framing is lost, an `Anchor` from outside says at which b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from attack.capture.streams import Bytes
+from attack.decode.frames import Command, Event, Frame, Greeting, Holes, Lost, Resumed, Sealed, is_text
 from attack.errors import DecodeError
 
 GREETING_BYTES = 64
@@ -19,100 +19,12 @@ MORE, LONG, COMMAND = 0x01, 0x02, 0x04
 MAX_FRAME_BYTES = (4 << 20) + 4096
 """The largest payload of the project's own format, and room for what CURVE adds to a message (33 bytes)."""
 
-Holes: TypeAlias = tuple[tuple[int, int], ...]
-"""Parts of a body that the capture does not hold, as (start, stop) in ascending order; their bytes read as zero."""
-
 _HANDSHAKE = {
     "NULL": {"READY": True, "ERROR": True},
     "PLAIN": {"HELLO": False, "WELCOME": False, "INITIATE": True, "READY": True, "ERROR": True},
     "CURVE": {"HELLO": False, "WELCOME": False, "INITIATE": True, "READY": True, "ERROR": True},
 }
 """Commands that a handshake may hold, and whether each is the last one of its direction."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Greeting:
-    """The first 64 bytes of a direction."""
-
-    offset: int
-    version: tuple[int, int]
-    mechanism: str
-    """`NULL`, `PLAIN`, `CURVE` or another name."""
-    as_server: bool
-    """Whether the sender says that it is the security mechanism's server. libzmq 4.3.5 never does, so believe who sends
-    WELCOME instead."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Command:
-    """A command frame: handshake, PING, PONG, SUBSCRIBE, CANCEL, ERROR or one that a later version defines."""
-
-    offset: int
-    name: str
-    data: bytes
-
-    @property
-    def metadata(self) -> dict[str, bytes]:
-        """Properties of a READY or INITIATE that is in clear, as `{"Socket-Type": b"DEALER"}`; else nothing.
-
-        Each is: name length (1 byte), name, value length (4 bytes, big endian), value.
-        """
-        found: dict[str, bytes] = {}
-        at = 0
-        while self.name in ("READY", "INITIATE") and at < len(self.data):
-            value_at = at + 1 + self.data[at] + 4
-            stop = value_at + int.from_bytes(self.data[value_at - 4 : value_at], "big")
-            name = self.data[at + 1 : value_at - 4]
-            if value_at > len(self.data) or stop > len(self.data) or not _is_text(name):
-                return {}  # a box of CURVE, not metadata
-            found[name.decode()] = self.data[value_at:stop]
-            at = stop
-        return found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Frame:
-    """One frame of a message in clear."""
-
-    offset: int
-    """Of the frame's first byte, which is its flags, in the stream."""
-    body_at: int
-    """Offset of the body's first byte."""
-    more: bool
-    """Whether another frame of the same message follows."""
-    body: bytearray
-    """The caller's to keep: the decoder does not touch it again."""
-    holes: Holes = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Sealed:
-    """One encrypted frame: only its size can be read."""
-
-    offset: int
-    size: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Lost:
-    """From here on it is not known where frames begin."""
-
-    offset: int
-    why: str
-    by_hole: bool = True
-    """False where nothing is missing: the stream just ended inside a frame."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Resumed:
-    """A frame provably begins here."""
-
-    offset: int
-    skipped: int
-    """Bytes, captured or not, since framing was lost."""
-
-
-Event: TypeAlias = Greeting | Command | Frame | Sealed | Lost | Resumed
 
 
 class Search(NamedTuple):
@@ -262,7 +174,7 @@ class ZmtpDecoder:
         if part[10] < 3:
             raise self._error(f"wanted ZMTP 3, got major version {part[10]}", at=10)
         mechanism = bytes(part[12:32]).rstrip(b"\0")
-        if not mechanism or not _is_text(mechanism):
+        if not mechanism or not is_text(mechanism):
             raise self._error(f"wanted the name of a mechanism, got {bytes(part[12:32])!r}", at=12)
         if part[32] > 1:
             raise self._error(f"wanted 0 or 1 for as-server, got {part[32]}", at=32)
@@ -306,7 +218,7 @@ class ZmtpDecoder:
         """name length, 1 byte | name | data."""
         size = self._part[0] if self._part else 0
         name = bytes(self._part[1 : 1 + size])
-        if not size or len(name) < size or not _is_text(name):
+        if not size or len(name) < size or not is_text(name):
             raise self._error(f"wanted a command, got {bytes(self._part[:16])!r}", at=self._frame_at)
         command = Command(offset=self._frame_at, name=name.decode(), data=bytes(self._part[1 + size :]))
         if self._shaking and self._handshake is not None:
@@ -362,8 +274,3 @@ class ZmtpDecoder:
 
     def _error(self, what: str, at: int | None = None) -> DecodeError:
         return DecodeError(f"flow {self._flow}, byte {self._offset if at is None else at}: ZMTP: {what}")
-
-
-def _is_text(name: bytes) -> bool:
-    """Names of mechanisms, commands and properties are letters, digits and `- _ . +`."""
-    return name.isascii() and name.translate(None, b"-_.+").isalnum()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from attack.decode.anchor import MessageAnchor
-from attack.decode.zmtp import Event, ZmtpDecoder
+from attack.decode.frames import Event
+from attack.decode.zmtp import ZmtpDecoder
 from attack.errors import DecodeError
 
 Part = bytes | int

@@ -72,7 +72,7 @@ def test_holes_are_listed() -> None:
     [flow] = [flow for flow in figures["flows"] if flow["gaps"]]
     assert gap["flow"] == f"{flow['source']} -> {flow['destination']}"
     assert flow["gaps"] == [{"offset": gap["offset"], "length": gap["length"]}]
-    assert any("1 holes of" in note for note in figures["notes"])
+    assert any("1 holes, " in note for note in figures["notes"])
 
 
 def test_options_and_files_that_are_wrong_are_one_line(tmp_path: Path) -> None:

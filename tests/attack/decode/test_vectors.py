@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from attack.capture.streams import Closed, Data, Flow, Opened
+from attack.decode.frames import Command, Frame, Greeting, Sealed
 from attack.decode.recording import Desk
-from attack.decode.zmtp import Command, Frame, Greeting, Sealed
 from tests.attack.decode.checking import bits
 from tests.attack.decode.feeding import decoder, feed, in_pieces
 from tests.attack.decode.vectors import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attack.decode.zmtp import Command, Event, Frame, Greeting, Lost, Resumed, Sealed, ZmtpDecoder
+from attack.decode.frames import Command, Event, Frame, Greeting, Lost, Resumed, Sealed
+from attack.decode.zmtp import ZmtpDecoder
 from attack.errors import DecodeError
 from harness.wire import Header, Kind
 from tests.attack.decode.feeding import Part, decoder, feed, in_pieces, outcome

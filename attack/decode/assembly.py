@@ -1,0 +1,71 @@
+"""A flat vector with its mask, as it is put together from pieces of several kinds.
+
+Knows how an element came to be known; nothing of messages, ranks or steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from attack.decode.averages import Difference, Float32
+from attack.decode.vector import Mask, Piece, Place
+from attack.observation import Known
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RankGradient:
+    """What is known of one rank's gradient at one step."""
+
+    values: Float32
+    known: npt.NDArray[np.uint8]
+    """A `Known` for each element."""
+    bound: Float32 | None
+    """Largest error of each DIFFERENCED element; None where there is none."""
+    defense: str | None
+
+
+class Assembly:
+    """A flat vector with its mask, as it is put together."""
+
+    def __init__(self, total: int) -> None:
+        self.values: Float32 = np.zeros(total, np.float32)
+        self.known = np.zeros(total, np.uint8)
+        self.bound: Float32 | None = None
+        self.defense: str | None = None
+
+    def gradient(self) -> RankGradient:
+        """What it is by now; the arrays are shared, not copied."""
+        return RankGradient(values=self.values, known=self.known, bound=self.bound, defense=self.defense)
+
+    def place(self, piece: Piece) -> None:
+        """Elements that were on the wire."""
+        self.defense = piece.tag if isinstance(piece.tag, str) else None
+        self.fill(piece.place, piece.values, piece.known)
+
+    def fill(self, place: Place, values: Float32, known: Mask | None) -> None:
+        """Elements that are equal to the bit to what was sent, where `known`; None: all."""
+        where = place.where
+        if known is None or known.all():
+            self.values[where] = values
+            self.known[where] = Known.RAW
+        else:
+            self.values[where][known] = values[known]
+            self.known[where][known] = Known.RAW
+
+    def place_difference(self, place: Place, found: Difference, known: Mask) -> None:
+        """Elements that were computed, where `known`."""
+        if self.bound is None:
+            self.bound = np.zeros_like(self.values)
+        where = place.where
+        known = known & found.valid
+        self.values[where][known] = found.value[known]
+        self.known[where][known] = Known.DIFFERENCED
+        self.bound[where][known] = found.bound[known]
+
+    def forget(self, place: Place) -> None:
+        """Elements that turned out not to be known."""
+        self.values[place.where] = 0
+        self.known[place.where] = Known.UNKNOWN

@@ -158,7 +158,7 @@ class Shard:
     def _leave(self, sender: int) -> list[Outgoing]:
         self.gone.add(sender)
         if self.waits_for() is not None:
-            raise PeerError(f"rank {sender} left at step {self.step}, while others waited for its part")
+            raise PeerError(f"rank {sender} left while others waited for its part")
         return []
 
     def _chunks(self, total: int) -> list[Chunk]:

@@ -180,6 +180,14 @@ class ZeroMQExchange(Exchange):
                 self._own.say_error(str(error))
             raise
 
+    @contextmanager
+    def _naming_this_rank(self) -> Iterator[None]:
+        """What the own server says of a peer lacks who says it, and when."""
+        try:
+            yield
+        except PeerError as error:
+            raise PeerError(f"{self._where}: {error}") from error
+
     def _run_until(self, done: Callable[[], bool]) -> None:
         """Takes what arrives until `done`. Raises: DeadlineError after too long without a message of a peer."""
         last = time.monotonic()
@@ -206,7 +214,8 @@ class ZeroMQExchange(Exchange):
                 self._hear(server, message)
                 progress = True
         if self._own is not None:
-            progress |= self._own.pump(self._delivered)
+            with self._naming_this_rank():
+                progress |= self._own.pump(self._delivered)
         while self._delivered:
             self._hear(self.rank, self._delivered.popleft())
             progress = True
@@ -238,7 +247,8 @@ class ZeroMQExchange(Exchange):
 
     def _say(self, server: int, message: Message) -> None:
         if self._own is not None and server == self.rank:
-            self._own.offer(message, self._delivered)
+            with self._naming_this_rank():
+                self._own.offer(message, self._delivered)
         else:
             send(self._sockets[server], message)
             self.traffic.bytes_out += message.header.size

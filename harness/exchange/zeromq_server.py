@@ -75,23 +75,12 @@ class ShardServer:
 
     def serve(self) -> None:
         """Serves until every rank has said BYE. Raises: ExchangeError, after the ranks have been told."""
-        last = time.monotonic()
         try:
-            while True:
-                if self.pump():
-                    last = time.monotonic()
-                if self.shard.finished:
-                    return
-                wanted, left = self.shard.waits_for(), last + self._deadline_s - time.monotonic()
-                if wanted is not None and left <= 0:
-                    raise DeadlineError(
-                        f"server {self.endpoint}, step {self.shard.step}: no {wanted} within {self._deadline_s:g} s; "
-                        "it is gone or slow"
-                    )
-                self._poller.poll(None if wanted is None else left * 1000)  # type: ignore[arg-type]
+            self._serve()
         except ExchangeError as error:
-            self.say_error(str(error))
-            raise
+            told = type(error)(f"server {self.endpoint}, step {self.shard.step}: {error}")
+            self.say_error(str(told))
+            raise told from error
 
     def register(self, poller: zmq.Poller) -> None:
         """What to poll before the next `pump`."""
@@ -118,7 +107,7 @@ class ShardServer:
                 self._refuse(sender, error)
         # Only now, as what a rank said before it went may have been in the queue: its BYE, for one.
         if lost := self._lost - self.shard.gone:
-            raise PeerError(f"{name_ranks(lost)} closed the connection at step {self.shard.step} without a BYE")
+            raise PeerError(f"{name_ranks(lost)} closed the connection without a BYE")
         return progress
 
     def offer(self, message: Message, deliver: deque[Message]) -> None:
@@ -143,6 +132,19 @@ class ShardServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _serve(self) -> None:
+        last = time.monotonic()
+        while True:
+            if self.pump():
+                last = time.monotonic()
+            if self.shard.finished:
+                return
+            wanted, left = self.shard.waits_for(), last + self._deadline_s - time.monotonic()
+            if wanted is not None and left <= 0:
+                raise DeadlineError(f"no {wanted} within {self._deadline_s:g} s; it is gone or slow")
+            # Between steps nobody waits, for as long as they like; the end of a rank's connection still wakes this.
+            self._poller.poll(None if wanted is None else left * 1000)  # type: ignore[arg-type]
+
     def _meet(self, sender: bytes, message: Message, *, connection: int) -> None:
         """Remembers whose connection this is. What ended earlier under the same descriptor is forgotten first."""
         if message.header.kind is Kind.HELLO and self.shard.run in (None, message.header.run):
@@ -165,7 +167,7 @@ class ShardServer:
             self.traffic.bytes_out += message.header.size
         except zmq.ZMQError as error:  # EHOSTUNREACH: nobody of that name is connected
             if must_arrive:
-                raise PeerError(f"rank {rank} is gone at step {self.shard.step}: {error}") from None
+                raise PeerError(f"rank {rank} is gone: {error}") from None
 
     def _refuse(self, sender: bytes, error: WireError) -> None:
         """Drops a stranger's message, and says so to both sides while that is not a way to fill memory."""

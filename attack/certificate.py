@@ -38,8 +38,8 @@ class Certificate:
 
     predicted_mse: float | None
     """What to expect; None where it cannot be had."""
-    at_least: float
-    """What the answer is off by at least, in expectation: a large value says that other inputs match as well."""
+    left_open: float
+    """Lower bound of the variance that the equations leave: where it is large, other inputs match as well."""
 
 
 def certify(target: Target, inputs: Tensor, labels: Tensor, belief: Belief | None, context: Context) -> Certificate:
@@ -60,7 +60,7 @@ def certify(target: Target, inputs: Tensor, labels: Tensor, belief: Belief | Non
     if belief is None:
         return _by_conjugate_gradients(target, inputs, labels, context)
     predicted = SAFETY * _by_belief(target, inputs, labels, belief)
-    return Certificate(predicted_mse=predicted, at_least=predicted)
+    return Certificate(predicted_mse=predicted, left_open=belief.variance)
 
 
 def _by_belief(target: Target, inputs: Tensor, labels: Tensor, belief: Belief) -> float:
@@ -89,7 +89,7 @@ def _by_conjugate_gradients(target: Target, inputs: Tensor, labels: Tensor, cont
         variances.append(float((probe * solution).mean()))
         solved = solved and converged
     variance, distance = sum(variances) / PROBES, float(step.square().mean())
-    return Certificate(predicted_mse=SAFETY * (variance + distance) if solved else None, at_least=variance)
+    return Certificate(predicted_mse=SAFETY * (variance + distance) if solved else None, left_open=variance)
 
 
 def _solve(match: Linearized, right: Tensor, context: Context) -> tuple[Tensor, bool]:

@@ -61,20 +61,19 @@ def reconstruct(
     context = Context(
         generator=torch.Generator().manual_seed(int(entropy)), deadline=start + deadline_s, progress=progress
     )
+    fields: dict[str, Any] = {"method": method}
     try:
         target = prepare(observation, knowledge, device=here)
-        outcome = judge(target, METHODS[method](target, context), context)
-        outcome["batch_size_assumed"] = target.batch_size_assumed
+        fields |= judge(target, METHODS[method](target, context), context)
     except Refused as refused:
-        status = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED
-        outcome = {"status": status, "reason": refused.reason}
-    outcome.setdefault("method", None)
+        fields["status"] = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED
+        fields["reason"] = refused.reason
     return Reconstruction(
         rank=observation.rank,
         step=observation.step,
         seconds=time.monotonic() - start,
         cpu_seconds=time.process_time() - cpu_start,
-        **{**outcome, "method": outcome["method"] or method},
+        **fields,
     )
 
 
@@ -82,12 +81,14 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     """The fields of a `Reconstruction` that an answer earns: its picture only where it converged."""
     fields: dict[str, Any] = {
         "status": Status.NOT_CONVERGED,
-        "method": answer.method,
         "route": answer.route,
+        "batch_size_assumed": target.batch_size_assumed,
         "history": tuple(answer.film.history),
         "evaluations": answer.evaluations,
         "restarts": answer.restarts,
     }
+    if answer.method is not None:
+        fields["method"] = answer.method
     if answer.inputs is None or answer.labels is None:
         return fields | {"reason": answer.reason}
     inputs = answer.inputs.detach()
@@ -102,9 +103,11 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     certificate = certify(target, inputs, answer.labels, answer.belief, context)
     fields["predicted_mse"] = certificate.predicted_mse
     low, high = target.input_range
-    if not certificate.at_least <= UNDETERMINED * (high - low) ** 2:
-        at_least = f"off by {certificate.at_least:.1e} or more, mean square"
-        return fields | {"reason": f"the gradient matches, but so do other inputs: it is {at_least}"}
+    error = max(certificate.left_open, certificate.predicted_mse or 0.0)
+    if not error <= UNDETERMINED * (high - low) ** 2:
+        return fields | {
+            "reason": f"the gradient matches, but so do other inputs: mean squared error {error:.1e} or so"
+        }
     frames = answer.film.frames
     return fields | {
         "status": Status.CONVERGED,

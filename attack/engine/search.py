@@ -24,6 +24,9 @@ PATIENCE = 30
 DIVERGED = 1e3
 """Relative residual above which a search is given up; a random start has about 1."""
 RESTARTS = 4
+SCALE = 1e6
+"""Factor of the objective, relative to the observed gradient's square: torch's L-BFGS skips every curvature pair with a
+product of 1e-10 or less, and without the factor that is all of them long before a residual of 1e-4."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ def search(
         def closure(variables: list[Tensor] = variables) -> Tensor:
             nonlocal evaluations
             evaluations += 1
-            objective = mismatch(variables).square().sum() / target.norm**2
+            objective = SCALE * mismatch(variables).square().sum() / target.norm**2
             gradients = torch.autograd.grad(objective, variables)
             for variable, gradient in zip(variables, gradients, strict=True):
                 variable.grad = gradient
@@ -79,9 +82,10 @@ def search(
         reason = None
         for step in range(OUTER_STEPS):
             before = [variable.detach().clone() for variable in variables]
-            residual = math.sqrt(float(optimizer.step(closure)))  # of `before`: a step returns the value it began at
+            objective = float(optimizer.step(closure)) / SCALE  # of `before`: a step returns the value it began at
+            residual = math.sqrt(objective)
             film.take(step, residual, before[0])
-            if best is None or residual < best.residual:
+            if best is None or not best.residual <= residual:  # a NaN is beaten by anything
                 best = Found(
                     variables=before, residual=residual, film=film, evaluations=0, restarts=restart, reason=None
                 )
@@ -95,7 +99,7 @@ def search(
                 break
         else:
             reason = f"no end after {OUTER_STEPS} outer steps"
-        assert best is not None  # a first residual is finite: an observation with other values was refused
+        assert best is not None
         if best.residual <= goal or not context.seconds_left:
             break
     assert best is not None

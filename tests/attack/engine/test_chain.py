@@ -1,0 +1,73 @@
+"""A chain is a chain only if nothing happens between its links."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attack.engine.chain import NoChain, trace
+from harness.models import load_model
+from tests.attack.toys import Shortcut
+
+
+class View(nn.Module):
+    """The released code's way: a view between two layers, and no Flatten."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Conv2d(1, 2, 3), nn.Linear(18, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.between == "relu":
+            y = functional.relu(y)
+        if self.between == "relu_":
+            y = y.relu_()
+        if self.between == "transpose":
+            y = y.transpose(2, 3)
+        return self.last(y.reshape(len(y), -1))
+
+
+class Twice(nn.Module):
+    """One layer, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x))
+
+
+def test_lenet_is_a_chain_in_order() -> None:
+    names = [type(link.module).__name__ for link in trace(load_model("lenet"), (3, 32, 32))]
+    assert names == ["Conv2d", "Sigmoid"] * 3 + ["Flatten", "Linear"]
+
+
+def test_a_view_between_layers_is_no_break() -> None:
+    links = trace(View("nothing"), (1, 5, 5))
+    assert [link.output_shape for link in links] == [(2, 3, 3), (4,)]
+
+
+@pytest.mark.parametrize("between", ["relu", "relu_", "transpose"])
+def test_arithmetic_between_layers_breaks_it(between: str) -> None:
+    with pytest.raises(NoChain, match=r"before layer last \(Linear\)"):
+        trace(View(between), (1, 5, 5))
+
+
+@pytest.mark.parametrize("model", [Shortcut(), Twice().double()])
+def test_what_only_looks_like_a_chain(model: nn.Module) -> None:
+    shape = (12,) if isinstance(model, Shortcut) else (4,)
+    with pytest.raises(NoChain):
+        trace(model, shape)
+
+
+def test_the_model_is_left_without_hooks() -> None:
+    model = Shortcut()
+    with pytest.raises(NoChain):
+        trace(model, (12,))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model(torch.zeros(1, 12)).shape == (1, 5)

@@ -1,0 +1,81 @@
+"""Models and observations small enough to reason about, and gradients as an honest rank would send them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attack.observation import Knowledge, Known, Observation
+from harness.models import load_model
+
+
+def linear() -> nn.Module:
+    return nn.Linear(12, 5)
+
+
+def sigmoid() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 5))
+
+
+def tanh() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5))
+
+
+def shortcut() -> nn.Module:
+    return Shortcut()
+
+
+class Shortcut(nn.Module):
+    """Not a chain: its input goes around a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + torch.sigmoid(self.inner(x)))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.Sigmoid(), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Flatten(),
+        nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def spec(name: str) -> str:
+    """How a `Knowledge` names a toy."""
+    return f"{__name__}:{name}"
+
+
+def example(name: str, *, seed: int = 0, batch: int = 1) -> tuple[nn.Module, Tensor, Tensor]:
+    """A model, and inputs in [0, 1) and labels for it."""
+    torch.manual_seed(seed)
+    model = load_model(spec(name))
+    shape = (2, 8, 8) if name == "convolution" else (12,)
+    return model, torch.rand(batch, *shape), torch.randperm(5)[:batch]
+
+
+def observe(model: nn.Module, inputs: Tensor, labels: Tensor, **changes: Any) -> Observation:
+    """What a perfect tap sees of a rank that sends the float32 gradient of its mean loss."""
+    loss = nn.functional.cross_entropy(model(inputs), labels)
+    parameters = list(model.parameters())
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
+    fields = {
+        "rank": 0,
+        "step": 0,
+        "world_size": 1,
+        "exchange": "zeromq",
+        "gradient": gradient,
+        "known": torch.full(gradient.shape, Known.RAW, dtype=torch.uint8),
+        "weights": torch.cat([parameter.detach().flatten() for parameter in parameters]),
+        "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
+    }
+    return Observation(**fields | changes)
+
+
+def told(name: str, inputs: Tensor, **more: Any) -> Knowledge:
+    """What the eavesdropper is told of a toy."""
+    return Knowledge(model=spec(name), input_shape=tuple(inputs.shape[1:]), **{"batch_size": len(inputs)} | more)

@@ -71,7 +71,9 @@ def write_config(run: Path, config: TrainConfig, **more: Any) -> None:
         **more,
     }
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    fresh = run / "config.json.partial"  # other ranks may be reading the present one
+    fresh.write_text(json.dumps(record, indent=2) + "\n")
+    fresh.replace(run / "config.json")
 
 
 def read_config(run: Path) -> TrainConfig:

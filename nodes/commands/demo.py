@@ -59,7 +59,8 @@ class Demo(Command):
         run, optimizer = self.out / exchange, "sgd:lr=0.1"
         train = TrainConfig(exchange=exchange, steps=self.steps, seed=self.seed, optimizer=optimizer)
         console.print(f"Two workers train over {title} in a private network; the tap records ...", markup=False)
-        recorded = Lab(out=run, overwrite=True, train=train).run()
+        # The job sends 5 MB in all; the ring that the lab takes by default is made for gigabytes.
+        recorded = Lab(out=run, overwrite=True, ring_mib=32, train=train).run()
         if not recorded.ok:
             raise GradtapError(f"demo: {recorded.text}")
         console.print(f"{recorded.text}\nThe eavesdropper reads {run / CAPTURE_NAME} ...", markup=False)

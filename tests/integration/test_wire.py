@@ -1,0 +1,81 @@
+"""Real processes in the lab: what is decoded is what the ranks sent, and nobody notices that somebody listens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from attack.decode.recording import Recording
+from attack.observation import Known, Observation
+from harness.config import TrainConfig
+from nodes.commands.lab import Lab
+
+pytestmark = pytest.mark.lab
+
+
+def record(run: Path, *, workers: int, servers: int, tap: str = "all", **options: Any) -> None:
+    train = TrainConfig(tensorboard=False, **options)
+    done = Lab(out=run, num_workers=workers, num_servers=servers, tap=tap, train=train).run()
+    assert done.ok, done.text
+    assert done.json["dropped"] == 0
+
+
+def observed(run: Path, *, optimizer: str | None) -> list[Observation]:
+    return list(Recording(run / "wire.pcapng", optimizer=optimizer).observations())
+
+
+def truth(run: Path, seen: Observation) -> dict[str, torch.Tensor]:
+    return load_file(run / "truth" / f"step{seen.step}.rank{seen.rank}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "options"),
+    [
+        (2, 1, {"optimizer": "sgd:lr=0.1,momentum=0.9,weight_decay=0.001", "steps": 5}),
+        (3, 2, {"optimizer": "adam:lr=0.001", "model": "mlp:hidden=40", "batch_size": 2}),
+        (2, 1, {"model": "resnet:depth=10,width=4", "data": "fashion-mnist", "batch_size": 2}),
+    ],
+)
+def test_every_gradient_and_every_weight_to_the_bit(
+    tmp_path: Path, workers: int, servers: int, options: dict[str, Any]
+) -> None:
+    record(tmp_path, workers=workers, servers=servers, **options)
+    config = TrainConfig(**options)
+    seen = observed(tmp_path, optimizer=config.optimizer)
+    assert [(one.step, one.rank) for one in seen] == [(s, r) for s in range(config.steps) for r in range(workers)]
+    for one in seen:
+        sent = truth(tmp_path, one)
+        assert one.weights is not None and bool((one.known == Known.RAW).all())
+        assert torch.equal(one.gradient, sent["gradient"]), f"gradient of step {one.step} rank {one.rank}"
+        assert torch.equal(one.weights, sent["weights"]), f"weights of step {one.step} rank {one.rank}"
+
+
+def test_where_ranks_serve_the_rest_is_known_within_its_bound(tmp_path: Path) -> None:
+    record(tmp_path, workers=3, servers=0)
+    seen = observed(tmp_path, optimizer="sgd:lr=0.1")
+    assert len(seen) == 9
+    for one in seen:
+        sent = truth(tmp_path, one)
+        raw = one.known == Known.RAW
+        assert one.complete and one.bound is not None
+        assert one.weights is not None and torch.equal(one.weights, sent["weights"])
+        assert torch.equal(one.gradient[raw], sent["gradient"][raw])
+        assert bool(((one.gradient - sent["gradient"]).abs() <= one.bound).all())
+        # Its own third of its own gradient never crosses the wire.
+        assert one.exact_fraction == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_training_with_the_tap_and_without_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    losses = []
+    for tap in ("all", "none"):
+        run = tmp_path / tap
+        record(run, workers=2, servers=1, tap=tap, steps=6, truth=False)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append(sorted((line["step"], line["rank"], line["loss"]) for line in lines))
+        assert (run / "wire.pcapng").exists() == (tap == "all")
+    assert len(losses[0]) == 12 and losses[0] == losses[1]

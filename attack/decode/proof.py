@@ -1,8 +1,8 @@
 """The chunks of one step -> what they prove of each rank's gradient, and of the average.
 
-An element is RAW only if it was on the wire, at a place that is believed. It is DIFFERENCED where a rank serves a shard,
-so that its own part of it was never sent. Where the average and the parts disagree, the average is not known. Knows
-places and values; which messages may be believed is decided before.
+An element is RAW only if it was on the wire, at a place that is believed. It is DIFFERENCED where a rank serves a
+shard, so that its own part of it was never sent. Where the average and the parts disagree, the average is not known.
+Knows places and values; which messages may be believed is decided before.
 """
 
 from __future__ import annotations

@@ -1,0 +1,83 @@
+"""The 48 bytes in front of every message between two Gloo pairs. A leaf: knows no stream and no collective's meaning."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Final, NamedTuple
+
+from attack.capture.streams import Bytes
+
+HEAD_BYTES: Final = 48
+HELLO_BYTES: Final = 8
+"""What the side that connects says first: an i64, its own rank."""
+MAX_WORLD: Final = 1 << 16
+"""More ranks than this are not believed."""
+MAX_PAYLOAD_BYTES: Final = 1 << 32
+"""Broadcasts are one message, and torch cuts a module's state at 250 MiB; a user's own tensor may be larger."""
+
+_LAYOUT: Final = struct.Struct("<6Q")
+
+
+class Opcode(enum.IntEnum):
+    """What a message is (gloo/transport/tcp/pair.h)."""
+
+    SEND_BUFFER = 0
+    """The old algorithms' payload, which torch does not use."""
+    SEND_UNBOUND_BUFFER = 1
+    """Payload."""
+    NOTIFY_SEND_READY = 2
+    NOTIFY_RECV_READY = 3
+
+
+class Kind(enum.IntEnum):
+    """Which collective a slot belongs to (gloo/types.h)."""
+
+    GATHER = 1
+    ALLGATHER = 2
+    REDUCE = 3
+    ALLREDUCE = 4
+    SCATTER = 5
+    BROADCAST = 6
+    BARRIER = 7
+    ALLTOALL = 8
+
+
+class Slot(NamedTuple):
+    """(kind << 56) | (tag << 24) | delta. Messages of one slot keep their order on a link; others overtake them."""
+
+    kind: Kind
+    tag: int
+    """Counts the collectives of a process group, alike on all of its ranks."""
+    delta: int
+
+
+class Head(NamedTuple):
+    """One head, checked."""
+
+    opcode: Opcode
+    slot: Slot
+    payload: int
+    """Bytes that follow it. Announcements are followed by none, whatever they announce."""
+
+
+def parse_head(data: Bytes, at: int = 0) -> Head | None:
+    """The head at a place, or None where these bytes are not one.
+
+    Six u64, little endian: bytes of head and payload | opcode | slot | offset | payload, sent or announced | roffset.
+    Both offsets are zero in what torch sends.
+    """
+    size, opcode, slot, offset, length, roffset = _LAYOUT.unpack_from(data, at)
+    if not 1 <= opcode <= 3 or offset or roffset or not 1 <= slot >> 56 <= 8:
+        return None
+    payload = length if opcode == Opcode.SEND_UNBOUND_BUFFER else 0
+    if size != HEAD_BYTES + payload or length > MAX_PAYLOAD_BYTES:
+        return None
+    return Head(Opcode(opcode), Slot(Kind(slot >> 56), slot >> 24 & 0xFFFF_FFFF, slot & 0xFF_FFFF), payload)
+
+
+def pack_head(opcode: Opcode, slot: Slot, length: int) -> bytes:
+    """The inverse; `length` is of the payload, sent or announced."""
+    payload = length if opcode is Opcode.SEND_UNBOUND_BUFFER else 0
+    number = slot.kind << 56 | slot.tag << 24 | slot.delta
+    return _LAYOUT.pack(HEAD_BYTES + payload, opcode, number, 0, length, 0)

@@ -1,0 +1,154 @@
+"""Which rank is at which end of which connection, and what each link has carried so far.
+
+In come greetings, payloads and losses by flow; out go the payloads of one collective of one group, by sender. The ranks
+are as a rendezvous store says, else as the greetings prove; where neither does, a group has no ranks. Knows no values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from attack.capture.streams import Flow
+from attack.decode.directory import Directory
+from attack.decode.gloo.framing import Message
+from attack.decode.gloo.head import Kind
+
+
+class Seen(NamedTuple):
+    """A message, and how many losses its link had had before."""
+
+    message: Message
+    epoch: int
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Link:
+    """One direction between two ranks."""
+
+    flow: Flow
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Bytes of each stretch in which messages may have been missed."""
+    lost: bool = False
+    """In such a stretch now."""
+    ended: bool = False
+    spans: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """By tag: how many losses there had been before its first payload, and before its last."""
+    newest: int = -1
+    """Highest tag of a payload."""
+    slots: dict[tuple[Kind, int], list[Seen]] = dataclasses.field(default_factory=dict)
+
+
+class Network:
+    """All Gloo connections of a capture, and the one group of ranks among them that is read."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.links: dict[Flow, Link] = {}
+        self.changed = True
+        self._directory = directory
+        self._greetings: dict[Flow, int] = {}  # by the flow away from the side that connected
+        self._ranks: dict[Flow, tuple[int, int]] | None = None
+        self._world: int | None = None
+        self.taken: int = -1
+        """Collectives up to this tag have been taken out."""
+
+    def open(self, flow: Flow) -> None:
+        """A direction begins."""
+        self.links[flow] = Link(flow=flow)
+        self._ranks = None
+
+    def greet(self, flow: Flow, rank: int) -> None:
+        """The sender of this flow has connected, and says that this is its rank."""
+        self._greetings[flow] = rank
+        self._ranks = None
+
+    def add(self, flow: Flow, message: Message) -> bool:
+        """Takes a payload. False where it comes too late to count."""
+        link, tag = self.links[flow], message.slot.tag
+        epoch = len(link.losses)
+        first, _ = link.spans.get(tag, (epoch, epoch))
+        link.spans[tag] = (first, epoch)
+        link.newest = max(link.newest, tag)
+        self.changed = True
+        if tag <= self.taken:
+            return False
+        link.slots.setdefault((message.slot.kind, tag), []).append(Seen(message, epoch))
+        return True
+
+    def lose(self, flow: Flow) -> None:
+        """From here on, messages of this flow may be missed."""
+        link = self.links[flow]
+        link.lost = True
+        link.losses.append(float("inf"))
+
+    def resume(self, flow: Flow, skipped: float) -> None:
+        """No message is missed any more; those that were, fit into so many bytes."""
+        link = self.links[flow]
+        link.lost = False
+        link.losses[-1] = skipped
+
+    def end(self, flow: Flow) -> None:
+        """Nothing more will come."""
+        self.links[flow].ended = True
+        self.changed = True
+
+    @property
+    def world(self) -> int | None:
+        """Ranks of the group, where they are proven."""
+        self._place()
+        return self._world
+
+    def ring(self) -> dict[int, Link]:
+        """By sender, the links over which an all-reduce goes. A link that was never seen is missing."""
+        self._place()
+        assert self._ranks is not None
+        world = self._world or 0
+        return {
+            source: self.links[flow]
+            for flow, (source, target) in self._ranks.items()
+            if world and target == (source - 1) % world
+        }
+
+    def members(self) -> dict[tuple[int, int], Link]:
+        """All links whose two ranks are known."""
+        self._place()
+        assert self._ranks is not None
+        return {ranks: self.links[flow] for flow, ranks in self._ranks.items()}
+
+    def _place(self) -> None:
+        if self._ranks is not None:
+            return
+        self._ranks, self._world = {}, None
+        ranks, world = self._by_directory() or self._by_greetings()
+        self._world = world
+        for greeted, rank in self._greetings.items():
+            if (other := ranks.get(greeted.destination)) is not None and rank < (world or 0):
+                self._ranks[greeted] = (rank, other)
+                self._ranks[greeted.reverse] = (other, rank)
+        self._ranks = {flow: pair for flow, pair in self._ranks.items() if flow in self.links}
+
+    def _by_directory(self) -> tuple[dict[str, int], int] | None:
+        """The first group that a store names and of which a connection was seen."""
+        targets = {flow.destination for flow in self._greetings}
+        for group in self._directory.groups():
+            if group.world and targets & group.ranks.keys():
+                return dict(group.ranks), group.world
+        return None
+
+    def _by_greetings(self) -> tuple[dict[str, int], int | None]:
+        """Of two ranks the one with the higher address connects. So where all pairs of P ranks did, the addresses that
+        were connected to heard P-1, P-2, ..., 1 greetings, each from all ranks but its own and those before it."""
+        heard: dict[str, set[int]] = {}
+        for flow, rank in self._greetings.items():
+            heard.setdefault(flow.destination, set()).add(rank)
+        order = sorted(heard.items(), key=lambda item: -len(item[1]))
+        world = len(order) + 1
+        left = set(range(world))
+        ranks: dict[str, int] = {}
+        for address, greetings in order:
+            own = left - greetings
+            if len(own) != 1 or not greetings < left or len(greetings) != len(left) - 1:
+                return {}, None
+            ranks[address] = own.pop()
+            left.discard(ranks[address])
+        return ranks, world if order else None

@@ -22,6 +22,8 @@ class AllReduceExchange(ProcessGroupExchange):
         with self._one_line("weights of rank 0"):
             dist.broadcast(state, src=0)
         load_flat_state(model, state)
+        # One buffer for all steps: fresh memory for each would cost more in page faults than the copy into it.
+        self._sum = torch.empty(sum(parameter.numel() for parameter in model.parameters()), device=state.device)
         if self.rank == 0:
             self.traffic.bytes_out += state.numel() * 4
         else:
@@ -29,13 +31,13 @@ class AllReduceExchange(ProcessGroupExchange):
 
     def average(self, gradient: Tensor, *, step: int) -> Tensor:
         self._step = step
-        total = gradient.detach().clone()
+        self._sum.copy_(gradient.detach())
         with self._one_line(f"gradients of all {self.world_size} ranks"):
-            works = [dist.all_reduce(bucket, async_op=True) for bucket in torch.split(total, BUCKET_BYTES // 4)]
+            works = [dist.all_reduce(bucket, async_op=True) for bucket in torch.split(self._sum, BUCKET_BYTES // 4)]
             for work in works:
                 if work is not None:
                     work.wait()
-        moved = all_reduced_bytes(total.numel(), rank_count=self.world_size)
+        moved = all_reduced_bytes(self._sum.numel(), rank_count=self.world_size)
         self.traffic.bytes_out += moved
         self.traffic.bytes_in += moved
-        return total.div_(self.world_size)
+        return self._sum.div_(self.world_size)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 REFUSALS = 64
 """Messages of strangers that are answered and logged; the rest are dropped in silence, so that none can fill memory."""
+BURST = 1000
+"""Messages that are taken before deadlines are looked at again, however many strangers talk."""
 LAST_WORDS_S = 1.0
 """How long an ERROR may take to leave when a server ends."""
 
@@ -88,26 +90,30 @@ class ShardServer:
         poller.register(self._watch.socket, zmq.POLLIN)
 
     def pump(self, deliver: deque[Message] | None = None) -> bool:
-        """Takes all messages that have arrived, and answers them; does not block. Answers to the owner go to `deliver`.
+        """Takes what has arrived, and answers it; does not block. Answers to the owner go to `deliver`.
 
         Returns: whether a rank of the run said something.
         Raises: PeerError where a rank broke the conversation or is gone.
         """
         progress = False
         self._drain_watch()
-        while (frames := receive(self.socket)) is not None:
+        for _ in range(BURST):
+            if (frames := receive(self.socket)) is None:
+                # Only now, as what a rank said before it went may have been in the queue: its BYE, for one.
+                if lost := self._lost - self.shard.gone:
+                    raise PeerError(f"{name_ranks(lost)} closed the connection without a BYE")
+                break
             sender = frames[0].bytes
             try:
                 message = unpack(frames[1:])
-                self._meet(sender, message, connection=frames[-1].get(zmq.SRCFD))
-                self._answer(self.shard.receive(_rank_of(sender), message), deliver)
+                answers = self.shard.receive(_rank_of(sender), message)
+                if message.header.kind is Kind.HELLO:
+                    self._meet(_rank_of(sender), connection=frames[-1].get(zmq.SRCFD))
+                self._answer(answers, deliver)
                 self.traffic.bytes_in += message.header.size
                 progress = True
             except WireError as error:
                 self._refuse(sender, error)
-        # Only now, as what a rank said before it went may have been in the queue: its BYE, for one.
-        if lost := self._lost - self.shard.gone:
-            raise PeerError(f"{name_ranks(lost)} closed the connection without a BYE")
         return progress
 
     def offer(self, message: Message, deliver: deque[Message]) -> None:
@@ -145,11 +151,10 @@ class ShardServer:
             # Between steps nobody waits, for as long as they like; the end of a rank's connection still wakes this.
             self._poller.poll(None if wanted is None else left * 1000)  # type: ignore[arg-type]
 
-    def _meet(self, sender: bytes, message: Message, *, connection: int) -> None:
+    def _meet(self, rank: int, *, connection: int) -> None:
         """Remembers whose connection this is. What ended earlier under the same descriptor is forgotten first."""
-        if message.header.kind is Kind.HELLO and self.shard.run in (None, message.header.run):
-            self._drain_watch()
-            self._connections[connection] = _rank_of(sender)
+        self._drain_watch()
+        self._connections[connection] = rank
 
     def _drain_watch(self) -> None:
         self._lost.update(self._connections.pop(fd) for fd in self._watch.ended() if fd in self._connections)

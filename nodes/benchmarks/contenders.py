@@ -95,6 +95,7 @@ def exchange_ways(rank: int, setting: Setting, stack: ExitStack) -> dict[str, Wa
         )
     for exchange in zeromq.values():
         stack.enter_context(exchange)
+    for exchange in (buckets, *zeromq.values()):
         exchange.start(nn.ParameterList([torch.zeros(setting.numel)]), step=0)
 
     def all_reduce(gradient: Tensor, step: int) -> Tensor:

@@ -1,0 +1,40 @@
+"""`gradtap bench`: runs, tiny, and its JSON says what it must."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from nodes.benchmarks.contenders import BASELINE
+from nodes.benchmarks.timing import Case
+from nodes.cli import main
+
+
+def test_bench_exchange_runs_every_way_beside_its_baseline(capsys):
+    arguments = ["--numel", "1000", "--worlds", "2", "--repetitions", "2"]
+    assert main(["bench", "exchange", *arguments, "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    assert {case["name"] for case in cases} == {
+        BASELINE,
+        "gloo, 25 MB buckets",
+        "zeromq, ranks serve",
+        "zeromq, 1 server",
+        "zeromq, 2 servers",
+        "pickle parameter server",
+    }
+    for case in cases:
+        assert case["baseline"] == BASELINE and case["repetitions"] == 2
+        assert 0 < case["fastest_s"] <= case["median_s"] and case["ratio"] > 0 and case["cpu_s"] >= 0
+    assert [case["ratio"] for case in cases if case["name"] == BASELINE] == [1.0]
+
+
+def test_ratios_are_paired():
+    case = Case.of("new", [2.0, 20.0, 6.0], baseline=("old", [1.0, 10.0, 2.0]), setting={}, cpu_s=0.0)
+    assert case.ratio == 2.0 and case.median_s == 6.0 and case.fastest_s == 2.0
+
+
+@pytest.mark.parametrize("option", ["--numel", "--repetitions", "--worlds"])
+def test_wrong_use_is_one_line_and_ends_2(option, capsys):
+    assert main(["bench", "exchange", option, "0"]) == 2
+    assert f"{option}: wanted at least 1, got 0" in capsys.readouterr().err

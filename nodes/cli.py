@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, rest = arguments[:at], tuple(arguments[at + 1 :])
-    command = parse(arguments)
     try:
+        command = parse(arguments)
         if rest:
             command = command.with_command(rest)
         result = command.run()
@@ -67,9 +67,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def one_line(box: str) -> str:
-    """What tyro draws as a box of several lines, as the one line that an error is here."""
-    lines = [re.sub(r"^[\u2500-\u257f ]+|[\u2500-\u257f ]+$", "", line) for line in box.splitlines()]
-    return re.sub(r"(\w)\s+(For full helptext)", r"\1. \2", " ".join(filter(None, lines)))
+    """What tyro draws as a titled box of several lines, as the one line that an error is here."""
+    inside = [line.strip("\u2502 ") for line in box.splitlines() if line.startswith("\u2502")]
+    said = " ".join(line for line in inside if line.strip("\u2500"))
+    return re.sub(r"(\w|\))\s+(For full helptext|Argument helptext|Perhaps you)", r"\1. \2", said or box.strip())
 
 
 def show(result: Result, *, as_json: bool) -> None:

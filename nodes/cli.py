@@ -68,9 +68,10 @@ def parse(arguments: Sequence[str]) -> Command:
 
 def one_line(box: str) -> str:
     """What tyro draws as a titled box of several lines, as the one line that an error is here."""
-    inside = [line.strip("\u2502 ") for line in box.splitlines() if line.startswith("\u2502")]
-    said = " ".join(line for line in inside if line.strip("\u2500"))
-    return re.sub(r"(\w|\))\s+(For full helptext|Argument helptext|Perhaps you)", r"\1. \2", said or box.strip())
+    # The box is of line-drawing characters, or of dashes where the terminal has none.
+    lines = [line.strip("\u2502\u256d\u256e\u2570\u256f\u2500 ") for line in box.splitlines()]
+    _title, *said = [line for line in lines if line.strip("-")] or ["", box]
+    return re.sub(r"(\w|\))\s+(For full helptext|Argument helptext|Perhaps you)", r"\1. \2", " ".join(said))
 
 
 def show(result: Result, *, as_json: bool) -> None:

@@ -58,12 +58,12 @@ class Assembly:
     def place_difference(self, place: Place, found: Difference, known: Mask) -> None:
         """Elements that were computed, where `known`."""
         if self.bound is None:
-            self.bound = np.zeros_like(self.values)
+            self.bound = np.zeros(self.values.size, np.float32)  # zeros_like would write every page
         where = place.where
         known = known & found.valid
-        self.values[where][known] = found.value[known]
+        np.copyto(self.values[where], found.value, where=known)
+        np.copyto(self.bound[where], found.bound, where=known)
         self.known[where][known] = Known.DIFFERENCED
-        self.bound[where][known] = found.bound[known]
 
     def forget(self, place: Place) -> None:
         """Elements that turned out not to be known."""

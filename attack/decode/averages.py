@@ -82,9 +82,11 @@ def _difference(mean: Float32, parts: Sequence[Float32 | None]) -> Difference:
             center, radius = _step_back(center, radius, added(before))
         value = center.astype(np.float32)
         radius = radius + np.abs(value.astype(np.float64) - center)
-        # The sums above round at most a few times 2^-53 of the radius away; then up to the next float32.
-        bound = np.nextafter((radius * (1 + 2.0**-40)).astype(np.float32), np.float32(np.inf))
-        return Difference(value, bound, np.isfinite(value) & np.isfinite(bound) & np.isfinite(mean))
+        # The sums above round at most a few times 2^-53 of the radius away; then up to the next float32, whose bits are
+        # the next integer. What is not finite anywhere above ends up in the bound.
+        bound = (radius * (1 + 2.0**-40)).astype(np.float32)
+        bound.view(np.uint32)[:] += 1
+        return Difference(value, bound, np.isfinite(bound))
 
 
 def _step_back(center: Float64, radius: Float64, part: Float32 | None) -> tuple[Float64, Float64]:

@@ -39,7 +39,7 @@ class Found:
     evaluations: int
     restarts: int
     reason: str | None
-    """Why the search ended, where it did not reach its goal."""
+    """Why the search ended, where what it found is not within the tolerance."""
 
 
 def search(
@@ -100,10 +100,10 @@ def search(
         else:
             reason = f"no end after {OUTER_STEPS} outer steps"
         assert best is not None
-        if best.residual <= goal or not context.seconds_left:
+        if best.residual <= target.tolerance or not context.seconds_left:
             break
     assert best is not None
-    reason = None if best.residual <= goal else f"{reason}, after {restart} restarts"
+    reason = None if best.residual <= target.tolerance else f"{reason}, after {restart} restarts"
     return dataclasses.replace(best, evaluations=evaluations, restarts=restart, reason=reason)
 
 

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 
-from PIL import Image
 from torch import Tensor
 
 from attack.answer import to_picture, to_png
@@ -26,9 +25,7 @@ def animation(frames: Sequence[Tensor], input_range: tuple[float, float]) -> str
     if len(pictures) < 2:
         return None
     buffer = io.BytesIO()
-    first, *others = [Image.new(picture.mode, picture.size) for picture in pictures]
-    for blank, picture in zip((first, *others), pictures, strict=True):
-        blank.paste(picture)
+    first, *others = pictures
     first.save(
         buffer,
         format="PNG",

@@ -14,7 +14,8 @@ class Message(NamedTuple):
 
     header: Header
     payload: Any
-    """Any buffer. A received one lives as long as it is referenced, and nothing writes it again."""
+    """Any buffer. A writable one is given away: whoever receives the message may compute in it. One that the sender
+    still needs is read-only."""
 
     def values(self) -> np.ndarray:
         """The payload as float32: a view where it is aligned, as small frames lie anywhere in libzmq's own buffer."""
@@ -23,4 +24,4 @@ class Message(NamedTuple):
 
     def words(self) -> str:
         """The payload of an ERROR as one short line, whatever the peer sent."""
-        return " ".join(bytes(self.payload[:1000]).decode(errors="replace").split())
+        return " ".join(bytes(memoryview(self.payload)[:1000]).decode(errors="replace").split())

@@ -2,8 +2,8 @@
 
 It owns one shard of the vectors. It waits for all ranks, hands on rank 0's initial state, then adds each chunk in rank
 order, whatever the order of arrival, and answers the average. What it holds is bounded: of each rank at most a window
-of chunks. Sums are never kept in a buffer that is used again, so an answer may still be in the sending queue while
-later steps are added up.
+of chunks. A sum lies in memory that came with one of its parts, or is new, and is never used again, so an answer may
+still be in the sending queue while later steps are added up.
 
 Whom it blames: a message that does not come from a rank of this run (`WireError`) is a stranger's, is dropped, and
 changes nothing. A rank of this run that breaks the conversation (`PeerError`) ends it, as no right average can follow.
@@ -12,6 +12,7 @@ changes nothing. A rank of this run that breaks the conversation (`PeerError`) e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +146,7 @@ class Shard:
             raise self._broken(sender, header, f"at most {WINDOW} chunks unanswered")
         if self.gone:
             raise PeerError(f"{name_ranks(self.gone)} left before step {self.step}, rank {sender} did not")
-        average = self._open[chunk].add(sender, message.values())
+        average = self._open[chunk].add(sender, message)
         if average is None:
             return []
         del self._open[chunk]
@@ -192,30 +193,44 @@ class Shard:
 
 
 class ChunkSum:
-    """One chunk of one step, added in rank order whatever the order of arrival."""
+    """One chunk of one step, added in rank order whatever the order of arrival, in the memory of a part if it may."""
 
     def __init__(self, world_size: int) -> None:
         self.given: set[int] = set()
         """Ranks whose part has arrived."""
         self._world_size = world_size
-        self._early: dict[int, np.ndarray] = {}
+        self._early: dict[int, Message] = {}
         """Parts that wait for a lower rank's."""
-        self._sum: np.ndarray | None = None
         self._added = 0
+        self._sum: np.ndarray | None = None
+        self._payload: Any = None
+        """The buffer in which the sum lies."""
 
-    def add(self, rank: int, values: np.ndarray) -> np.ndarray | None:
-        """The average, once all ranks' parts are there: an array of its own, which nothing else will write."""
+    def add(self, rank: int, message: Message) -> Any:
+        """The payload of the average once all ranks' parts are there, before that None. Nothing else will write it."""
         self.given.add(rank)
-        self._early[rank] = values
+        self._early[rank] = message
         while self._added in self._early:
-            part = self._early.pop(self._added)
-            # The first part is borrowed and must not be written; the first sum is new memory; the rest is in place.
-            own = self._sum if self._added > 1 else None
-            self._sum = part if self._sum is None else np.add(self._sum, part, out=own)
-            self._added += 1
+            self._add_next(self._early.pop(self._added))
         if self._sum is None or self._added < self._world_size:
             return None
-        return np.divide(self._sum, np.float32(self._world_size), out=self._sum if self._world_size > 1 else None)
+        if not self._sum.flags.writeable:
+            self._payload = self._sum = self._sum.copy()
+        np.divide(self._sum, np.float32(self._world_size), out=self._sum)
+        return self._payload
+
+    def _add_next(self, message: Message) -> None:
+        part = message.values()
+        payload = part if part.base is None else message.payload  # a copy, where the frame was not aligned
+        self._added += 1
+        if self._sum is None:
+            self._sum, self._payload = part, payload
+        elif self._sum.flags.writeable:
+            np.add(self._sum, part, out=self._sum)
+        elif part.flags.writeable:
+            self._sum, self._payload = np.add(self._sum, part, out=part), payload
+        else:
+            self._sum = self._payload = self._sum + part
 
 
 def name_ranks(ranks: Iterable[int]) -> str:

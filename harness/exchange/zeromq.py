@@ -255,6 +255,7 @@ class ZeroMQExchange(Exchange):
 
     def _chunk(self, vector: np.ndarray, chunk: Chunk) -> Message:
         payload = vector[chunk.at : chunk.at + chunk.size]
+        payload.flags.writeable = False  # the caller's; the own server must not add in it
         kind = Kind.WEIGHTS if self._kind is Kind.WEIGHTS else Kind.GRADIENT
         header = self._header(kind, at=chunk.at, count=chunk.size, total=len(vector), size=payload.nbytes)
         return Message(header, payload)

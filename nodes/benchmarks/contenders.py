@@ -93,15 +93,15 @@ def exchange_ways(rank: int, setting: Setting, stack: ExitStack) -> dict[str, Wa
         zeromq[case] = ZeroMQExchange(
             rank=rank, world_size=setting.world_size, run=setting.run, endpoints=endpoints, deadline_s=DEADLINE_S
         )
-    for exchange in zeromq.values():
-        stack.enter_context(exchange)
-    for exchange in (buckets, *zeromq.values()):
-        exchange.start(nn.ParameterList([torch.zeros(setting.numel)]), step=0)
+    for end in (buckets, *zeromq.values()):
+        end.start(nn.ParameterList([torch.zeros(setting.numel)]), step=0)
 
     def all_reduce(gradient: Tensor, step: int) -> Tensor:
         dist.all_reduce(gradient)
         return gradient
 
+    for exchange in zeromq.values():
+        stack.enter_context(exchange)
     ways: dict[str, Way] = {BASELINE: all_reduce, "gloo, 25 MB buckets": lambda g, step: buckets.average(g, step=step)}
     for case, exchange in zeromq.items():
         ways[case] = lambda g, step, exchange=exchange: exchange.average(g, step=step)  # type: ignore[misc]

@@ -68,17 +68,22 @@ def test_any_order_of_arrival_gives_the_bits_of_the_sum_in_rank_order(seed):
     assert shard.step == 1 and shard.waits_for() is None
 
 
-def test_parts_and_earlier_answers_are_never_written_again():
+@pytest.mark.parametrize("read_only", [(), (0,), (1,), (0, 1), (0, 1, 2)])
+def test_read_only_parts_and_earlier_answers_are_never_written(read_only):
     world, gradients = 3, random_gradients(3, 8)
-    given = gradients.copy()
-    shard = open_shard(world, 8)
-    answers = []
+    expected = ((gradients[0] + gradients[1]) + gradients[2]) / np.float32(world)
+    shard, kept, answers = open_shard(world, 8), [], []
     for step in range(3):
         for rank in range(world):
-            answers += shard.receive(rank, chunk(Kind.GRADIENT, rank, gradients[rank], total=8, step=step))[:1]
-    assert np.array_equal(gradients, given)
-    first, *later = [answer.payload for _, answer in answers]
-    assert not any(np.shares_memory(first, other) for other in (*later, gradients))
+            message = chunk(Kind.GRADIENT, rank, gradients[rank], total=8, step=step)
+            if rank in read_only:
+                message.payload.flags.writeable = False
+                kept.append((rank, message.payload))
+            answers += [answer.payload for _, answer in shard.receive(rank, message)[:1]]
+    assert all(np.array_equal(answer, expected) for answer in answers) and len(answers) == 3
+    assert all(np.array_equal(part, gradients[rank]) for rank, part in kept)
+    memories = [*answers, *(part for _, part in kept)]
+    assert not any(np.shares_memory(one, other) for one, other in itertools.combinations(memories, 2))
 
 
 def test_one_rank_gets_its_own_gradient_back():

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from attack.algorithms import Reconstruction
-from attack.errors import AttackError
+from attack.errors import AnswerError
 from attack.files import write_atomically
 
 ANSWER, TENSORS, PICTURES = "attack.json", "reconstructions.safetensors", "pictures"
@@ -91,26 +91,26 @@ def to_plain(value: Any) -> Any:
 
 
 def read_json(path: Path, *, hint: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises: AttackError, one line that names the file and what to do (`hint`)."""
+    """A JSON object from a file. Raises: AnswerError, one line that names the file and what to do (`hint`)."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise AttackError(f"{path}: no such file; {hint}") from None
+        raise AnswerError(f"{path}: no such file; {hint}") from None
     except (ValueError, OSError) as error:
-        raise AttackError(f"{path}: damaged, or not JSON ({error}); {hint}") from error
+        raise AnswerError(f"{path}: damaged, or not JSON ({error}); {hint}") from error
     if not isinstance(content, dict):
-        raise AttackError(f"{path}: wanted a JSON object, got {type(content).__name__}; {hint}")
+        raise AnswerError(f"{path}: wanted a JSON object, got {type(content).__name__}; {hint}")
     return content
 
 
 def read_tensors(path: Path, *, hint: str) -> dict[str, Tensor]:
-    """All tensors of a file. Raises: AttackError, one line that names the file and what to do (`hint`)."""
+    """All tensors of a file. Raises: AnswerError, one line that names the file and what to do (`hint`)."""
     try:
         return safetensors.torch.load(path.read_bytes())
     except FileNotFoundError:
-        raise AttackError(f"{path}: no such file; {hint}") from None
+        raise AnswerError(f"{path}: no such file; {hint}") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise AttackError(f"{path}: damaged, or not safetensors ({error}); {hint}") from error
+        raise AnswerError(f"{path}: damaged, or not safetensors ({error}); {hint}") from error
 
 
 def to_picture(example: Tensor, input_range: tuple[float, float]) -> Image.Image | None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from attack.answer import ANSWER, TENSORS, read_json, read_tensors, to_plain, victim_name
-from attack.errors import AttackError
+from attack.errors import AnswerError
 from attack.files import write_atomically
 from attack.metrics import Score, score
 
@@ -34,7 +34,7 @@ def evaluate(run: Path) -> dict[str, Any]:
 
     Returns: what the file holds: `victims[]`, `counts` and `medians`. Metrics of a victim without an answer are None.
 
-    Raises: AttackError: a file is missing or damaged; names it, and what to run first.
+    Raises: AnswerError: a file is missing or damaged; names it, and what to run first.
     """
     folder = run / "attack"
     redo = f"run first: gradtap attack CAPTURE --out {folder}"
@@ -44,7 +44,7 @@ def evaluate(run: Path) -> dict[str, Any]:
         low, high = answer["knowledge"]["input_range"]
         victims = [_victim(entry, tensors, run / "truth", (low, high)) for entry in answer["victims"]]
     except (KeyError, TypeError) as error:
-        raise AttackError(f"{folder / ANSWER}: {error!r} is not as an attack writes it; {redo}") from error
+        raise AnswerError(f"{folder / ANSWER}: {error!r} is not as an attack writes it; {redo}") from error
     evaluation: dict[str, Any] = to_plain(
         {
             "data_range": [low, high],
@@ -85,9 +85,9 @@ def _compare(tensors: dict[str, Tensor], name: str, path: Path, input_range: tup
             input_range=input_range,
         )
     except KeyError as error:
-        raise AttackError(f"{path}: tensor {error} is missing; it holds: {', '.join(sorted(truth))}") from error
+        raise AnswerError(f"{path}: tensor {error} is missing; it holds: {', '.join(sorted(truth))}") from error
     except ValueError as error:
-        raise AttackError(f"{path}: {error}; is it the truth of this capture?") from error
+        raise AnswerError(f"{path}: {error}; is it the truth of this capture?") from error
 
 
 def _summary(victims: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import torch
 from attack.algorithms import METHODS, Reconstruction, Status
 from attack.answer import describe, write_answer
 from attack.engine.context import Progress
-from attack.errors import AttackError
+from attack.errors import AnswerError, AttackError
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S, pick_device, reconstruct
 
@@ -92,7 +92,7 @@ def attack_all(
 
     Returns: what `attack.json` holds: `victims[]` by step and rank, and what they were attacked with.
 
-    Raises: AttackError: the plan or the knowledge cannot be, or an attacking process died.
+    Raises: AttackError: the plan or the knowledge cannot be. AnswerError: an attacking process died.
     """
     plan = plan or Plan()
     device = pick_device(plan.device)
@@ -188,7 +188,7 @@ def _in_processes(
                     listener(VictimProgress(rank=at.rank, step=at.step, status=ended, done=len(found), total=len(seen)))
         except BrokenProcessPool as error:
             missing = ", ".join(f"step {seen[i].step} rank {seen[i].rank}" for i in range(len(seen)) if i not in found)
-            raise AttackError(
+            raise AnswerError(
                 f"an attacking process died, perhaps for want of memory; not done: {missing}; try fewer processes"
             ) from error
         finally:

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from harness.config import TrainConfig
 from harness.errors import CheckpointError
+from harness.tensors import save_tensors
 
 FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "device"}
 """Options that may change when a run goes on; all others decide its bits."""
@@ -32,18 +31,14 @@ def save_checkpoint(
     run: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int
 ) -> Path:
     """Writes the state after `step` steps, and returns the file."""
-    tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.contiguous()
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"step{step}.safetensors"
-    fresh = file.with_suffix(".partial")
+                tensors[f"optimizer.{index}.{name}"] = value
+    file = run / "checkpoints" / f"step{step}.safetensors"
     identity = json.dumps({"step": step, "options": _identity(config, world_size)})
-    save_file(tensors, fresh, metadata={"gradtap": identity})
-    os.replace(fresh, file)
+    save_tensors(tensors, file, metadata={"gradtap": identity})
     return file
 
 

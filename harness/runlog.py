@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from harness.tensors import save_tensors
 from harness.types import Batch, Gradients
 
 if TYPE_CHECKING:
@@ -71,17 +71,15 @@ class RunLog:
     def truth(self, step: int, *, batch: Batch, gradient: Tensor, model: nn.Module) -> None:
         """Seals what the eavesdropper must never see, beside the weights that the gradient was taken at."""
         buffers = [buffer.reshape(-1) for buffer in model.buffers() if buffer.is_floating_point()]
-        folder = self.run / "truth"
-        folder.mkdir(exist_ok=True)
-        save_file(
+        save_tensors(
             {
-                "inputs": batch.inputs.cpu().contiguous(),
-                "labels": batch.labels.cpu(),
-                "gradient": gradient.cpu().clone(),
-                "weights": torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]).cpu(),
-                "buffers": torch.cat(buffers).cpu() if buffers else torch.zeros(0),
+                "inputs": batch.inputs,
+                "labels": batch.labels,
+                "gradient": gradient,
+                "weights": torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()]),
+                "buffers": torch.cat(buffers) if buffers else torch.zeros(0),
             },
-            folder / f"step{step}.rank{self.rank}.safetensors",
+            self.run / "truth" / f"step{step}.rank{self.rank}.safetensors",
         )
 
     def close(self) -> None:

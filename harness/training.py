@@ -41,8 +41,6 @@ class Trainer:
     def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
         """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError."""
         self.rank, self.world_size = rank, world_size
-        torch.set_num_threads(config.threads)
-        torch.use_deterministic_algorithms(True)
         self.device = _device(config.device, rank)
         self.data = load_data(config.data)
         self.config = config = dataclasses.replace(config, model=resolve_model(config.model, self.data))
@@ -78,6 +76,8 @@ class Trainer:
             run: where to log; None logs nothing.
             progress: called after each step with its number and this rank's gradients.
         """
+        torch.set_num_threads(self.config.threads)
+        torch.use_deterministic_algorithms(True)
         log = run and RunLog(run, rank=self.rank, tensorboard=self.config.tensorboard, first_step=self.steps_done)
         try:
             exchange.start(self.model, step=self.steps_done)

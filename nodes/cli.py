@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from attack.errors import TapError
+from attack.errors import AttackError, TapError
 from harness.errors import ConfigError, GradtapError
 from harness.models import ModelError
 from nodes.commands.base import Command, Result
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             command = command.with_command(rest)
         result = command.run()
-    except (ConfigError, ModelError) as error:
+    except (ConfigError, ModelError, AttackError) as error:
         return fail(error, code=2)
     except (GradtapError, TapError, OSError) as error:
         return fail(error, code=1)

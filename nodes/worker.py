@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.config import TrainConfig, read_config, write_config
 from harness.errors import ConfigError, GradtapError
+from harness.models import ModelError
 from harness.types import Gradients
 from nodes.console import console
 
@@ -49,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(arguments)
         run(config)
-    except GradtapError as error:
+    except (GradtapError, ModelError, OSError) as error:
         console.print(f"rank {os.environ.get('RANK', '?')}: {error}", markup=False)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, (ConfigError, ModelError)) else 1
     except KeyboardInterrupt:
         return 130
     return 0

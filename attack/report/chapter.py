@@ -90,7 +90,7 @@ class View:
 
 
 def view(chapter: Chapter) -> View:
-    """Reads a chapter's files. Raises: AttackError, naming the file that is missing or damaged and what to run
+    """Reads a chapter's files. Raises: AnswerError, naming the file that is missing or damaged and what to run
     first."""
     folder = chapter.run / "attack"
     evaluation = read_json(folder / EVALUATION, hint=f"run first: gradtap evaluate {chapter.run}")

@@ -30,7 +30,7 @@ def write_report(recordings: Sequence[Chapter], out: Path) -> Path:
 
     Returns: its path.
 
-    Raises: AttackError: a file of a chapter is missing or damaged.
+    Raises: AnswerError: a file of a chapter is missing or damaged.
     """
     views = [view(chapter) for chapter in recordings]
     environment = jinja2.Environment(

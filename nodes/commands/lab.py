@@ -67,9 +67,15 @@ class Lab(Command):
 
     def run(self) -> Result:
         config = self.config()
-        new_run_folder(self.out, overwrite=self.overwrite)
+        train = None
         if not self.command:
-            write_config(self.out, self.train, world_size=self.num_workers)
+            from harness.training import Trainer  # torch takes a second to import, and somebody else's job is not ours
+
+            # What cannot be trained is said here, in one line, and not by every rank and by torchrun.
+            train = Trainer(self.train, rank=0, world_size=self.num_workers).config
+        new_run_folder(self.out, overwrite=self.overwrite)
+        if train is not None:
+            write_config(self.out, train, world_size=self.num_workers)
         result = run_lab(config)
         return Result(json=result.to_json(), text=describe(result), ok=result.ok)
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from attack.algorithms import Status
-from attack.errors import AttackError
+from attack.errors import AnswerError, AttackError
 from attack.evaluate import evaluate
 from attack.observation import Observation
 from attack.victims import Plan, VictimProgress, attack_all
@@ -97,17 +97,17 @@ def test_plan_that_cannot_be(changes: dict, message: str) -> None:
 
 
 def test_evaluate_names_the_file_and_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(AttackError, match=r"attack\.json: no such file; run first: gradtap attack"):
+    with pytest.raises(AnswerError, match=r"attack\.json: no such file; run first: gradtap attack"):
         evaluate(tmp_path)
     seen, inputs = victims_of_every_fate(tmp_path)
     attack_all(seen, told("convolution", inputs), tmp_path / "attack", plan=Plan(processes=1))
     truth = tmp_path / "truth" / "step0.rank0.safetensors"
     truth.write_bytes(b"not a tensor")
-    with pytest.raises(AttackError, match=r"step0\.rank0\.safetensors: damaged"):
+    with pytest.raises(AnswerError, match=r"step0\.rank0\.safetensors: damaged"):
         evaluate(tmp_path)
     truth.unlink()
-    with pytest.raises(AttackError, match=r"step0\.rank0\.safetensors: no such file"):
+    with pytest.raises(AnswerError, match=r"step0\.rank0\.safetensors: no such file"):
         evaluate(tmp_path)
     (tmp_path / "attack" / "attack.json").write_text("{}")
-    with pytest.raises(AttackError, match=r"attack\.json: KeyError\('knowledge'\) is not as an attack writes it"):
+    with pytest.raises(AnswerError, match=r"attack\.json: KeyError\('knowledge'\) is not as an attack writes it"):
         evaluate(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from attack.errors import AttackError
+from attack.errors import AnswerError
 from attack.evaluate import evaluate
 from attack.observation import Knowledge
 from attack.report import Chapter, write_report
@@ -75,7 +75,7 @@ def test_it_tells_the_story_and_names_every_failure(page: Path) -> None:
 
 
 def test_missing_evaluation_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(AttackError, match=r"evaluation\.json: no such file; run first: gradtap evaluate"):
+    with pytest.raises(AnswerError, match=r"evaluation\.json: no such file; run first: gradtap evaluate"):
         write_report([Chapter(title="x", run=tmp_path)], tmp_path)
 
 

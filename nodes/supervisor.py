@@ -188,6 +188,7 @@ class Supervisor:
 
     def _line(self, process: _Process, line: bytes) -> None:
         handled = process.on_line is not None and process.on_line(line.decode(errors="replace"))
-        if self.echo and not handled:
+        # What a node says of being told to end, as torchrun does at length, is in its log for those who want it.
+        if self.echo and not handled and not process.told:
             with contextlib.suppress(OSError):  # nobody reads any more: the log has it all
                 os.write(sys.stderr.fileno(), b"[%s] %s\n" % (process.node.name.encode(), line))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from attack.capture.streams import Bytes, Flow
+from attack.decode.directory import Directory
 from attack.decode.notes import Notes
 from attack.observation import Observation, Shapes
 
@@ -20,14 +21,16 @@ class ProtocolReader(abc.ABC):
     name: ClassVar[str]
     """As `inspect` prints it."""
 
-    def __init__(self, *, notes: Notes, optimizer: str | None, run: bytes | None) -> None:
+    def __init__(self, *, notes: Notes, directory: Directory, optimizer: str | None, run: bytes | None) -> None:
         """
         Args:
             notes: where it tells a person what it could not read, and why.
+            directory: where ranks listen, as one protocol says it for another.
             optimizer: the job's update rule, where it was declared.
             run: the run to read, where a capture may hold several; None: the first.
         """
         self.notes = notes
+        self.directory = directory
         self.optimizer = optimizer
         self.run = run
 

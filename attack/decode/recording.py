@@ -17,15 +17,18 @@ from torch import nn
 from attack.capture.reader import CaptureReader
 from attack.capture.reassembly import read_streams
 from attack.capture.streams import Bytes, Closed, Conflict, Data, Flow, Gap, Opened, StreamEvent
+from attack.decode.directory import Directory
+from attack.decode.gloo.reader import GlooReader
 from attack.decode.notes import Notes
 from attack.decode.protocol import ProtocolReader
+from attack.decode.tcpstore import TcpStoreReader
 from attack.decode.tls import TlsReader
 from attack.decode.zeromq import ZeromqReader
 from attack.errors import AttackError, CaptureError
 from attack.observation import Observation
 from attack.shadow import build_optimizer
 
-READERS: tuple[type[ProtocolReader], ...] = (ZeromqReader, TlsReader)
+READERS: tuple[type[ProtocolReader], ...] = (ZeromqReader, TlsReader, TcpStoreReader, GlooReader)
 """Asked in this order for each stream. A stream that is not seen from its start goes to the first, which can find its
 own messages in the middle of anything."""
 
@@ -105,7 +108,10 @@ class Desk:
     ) -> None:
         self.notes = Notes()
         self._events = events
-        self._readers = [reader(notes=self.notes, optimizer=optimizer, run=run) for reader in READERS]
+        directory = Directory()
+        self._readers = [
+            reader(notes=self.notes, directory=directory, optimizer=optimizer, run=run) for reader in READERS
+        ]
         self._streams: dict[Flow, _Stream] = {}
         self._gaps = self._gap_bytes = 0
 

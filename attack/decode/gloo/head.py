@@ -1,4 +1,4 @@
-"""The 48 bytes in front of every message between two Gloo pairs. A leaf: knows no stream and no collective's meaning."""
+"""The 48 bytes in front of every message between two Gloo pairs. A leaf: knows no streams, and no collectives."""
 
 from __future__ import annotations
 

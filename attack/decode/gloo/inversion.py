@@ -8,7 +8,7 @@ ranks first: that is undone here, and its rounding is in the bound. Knows number
 from __future__ import annotations
 
 import enum
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ def _own_part(after: Float32, before: Float32 | None, rule: Rule, value: Float32
         bound.fill(0)
         known.fill(Known.RAW if exactly_scaled else Known.DIFFERENCED)
         if exactly_scaled:
-            # Where the product is not a normal number its last digits were lost, and a zero may have been a little more.
+            # A product that is not a normal number has lost its last digits; a zero may have been more than that.
             small = np.abs(after) <= _TINY
             if small.any():
                 known[small] = Known.DIFFERENCED
@@ -122,9 +122,9 @@ def _own_part(after: Float32, before: Float32 | None, rule: Rule, value: Float32
 def _add_rounding(size: Float32, rule: Rule, bound: Float32) -> None:
     """The bound of world * x, from the bound of x: what the division, and the product just computed, rounded away.
 
-    With u = 2**-digits, the division moves x by at most u|x|; where 1/world was rounded itself, by as much again. A cast
-    before it moves the gradient by u of its own. The product in float32 adds 2**-24. `size` + `bound` is at least |x|,
-    and the factors of 1.01 cover the terms of second order for u <= 2**-8.
+    With u = 2**-digits, the division moves x by at most u|x|; where 1/world was rounded itself, by as much again. A
+    cast before it moves the gradient by u of its own. The product in float32 adds 2**-24. `size` + `bound` is at least
+    |x|, and the factors of 1.01 cover the terms of second order for u <= 2**-8.
     """
     world, fmt = np.float32(rule.world), rule.format
     unit = 2.0**-fmt.digits

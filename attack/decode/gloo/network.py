@@ -12,7 +12,10 @@ from typing import NamedTuple
 from attack.capture.streams import Flow
 from attack.decode.directory import Directory
 from attack.decode.gloo.framing import Message
-from attack.decode.gloo.head import Kind
+from attack.decode.gloo.head import HEAD_BYTES, Kind
+
+_ALL_TAGS = (1 << 32) - 1
+"""No tag is higher."""
 
 
 class Seen(NamedTuple):
@@ -34,9 +37,12 @@ class Link:
     ended: bool = False
     spans: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """By tag: how many losses there had been before its first payload, and before its last."""
+    floor: int = 0
+    """How many losses there had been before the last payload that was taken out."""
     newest: int = -1
     """Highest tag of a payload."""
     slots: dict[tuple[Kind, int], list[Seen]] = dataclasses.field(default_factory=dict)
+    doubts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
 
 class Network:
@@ -49,8 +55,13 @@ class Network:
         self._greetings: dict[Flow, int] = {}  # by the flow away from the side that connected
         self._ranks: dict[Flow, tuple[int, int]] | None = None
         self._world: int | None = None
-        self.taken: int = -1
+        self._version = -1
+        self.taken = -1
         """Collectives up to this tag have been taken out."""
+        self.passed_over: set[int] = set()
+        """Those of them that nobody looked at."""
+        self.held_bytes = 0
+        """Of payloads that wait."""
 
     def open(self, flow: Flow) -> None:
         """A direction begins."""
@@ -65,13 +76,16 @@ class Network:
     def add(self, flow: Flow, message: Message) -> bool:
         """Takes a payload. False where it comes too late to count."""
         link, tag = self.links[flow], message.slot.tag
+        for start, stop in link.doubts:
+            message = _doubted(message, start, stop)
         epoch = len(link.losses)
         first, _ = link.spans.get(tag, (epoch, epoch))
         link.spans[tag] = (first, epoch)
         link.newest = max(link.newest, tag)
         self.changed = True
         if tag <= self.taken:
-            return False
+            return tag in self.passed_over or self.taken > _ALL_TAGS
+        self.held_bytes += len(message.payload)
         link.slots.setdefault((message.slot.kind, tag), []).append(Seen(message, epoch))
         return True
 
@@ -86,6 +100,16 @@ class Network:
         link = self.links[flow]
         link.lost = False
         link.losses[-1] = skipped
+
+    def doubt(self, flow: Flow, start: int, stop: int) -> None:
+        """These bytes of a stream, received or still to come, are not to be trusted: those of payloads are as missing.
+
+        A head among them is not one that can be relied on, so neither is its payload.
+        """
+        link = self.links[flow]
+        link.doubts.append((start, stop))
+        for slot in link.slots.values():
+            slot[:] = [Seen(_doubted(seen.message, start, stop), seen.epoch) for seen in slot]
 
     def end(self, flow: Flow) -> None:
         """Nothing more will come."""
@@ -115,9 +139,53 @@ class Network:
         assert self._ranks is not None
         return {ranks: self.links[flow] for flow, ranks in self._ranks.items()}
 
+    def closed(self, tag: int) -> bool:
+        """Whether every link of the ring that was seen has come past a tag, or to its end."""
+        links = self.ring().values()
+        return bool(links) and all(link.newest > tag or link.ended for link in links)
+
+    def kinds(self, tag: int) -> set[Kind]:
+        """What the payloads of a tag say that it is; empty where none was seen."""
+        return {kind for link in self.members().values() for kind, other in link.slots if other == tag}
+
+    def copies(self, kind: Kind, tag: int) -> list[list[Message]]:
+        """The payloads of a tag, by link."""
+        slots = (link.slots.get((kind, tag), []) for link in self.members().values())
+        return [[seen.message for seen in slot] for slot in slots if slot]
+
+    def release(self, tag: int) -> None:
+        """Forgets the payloads of the collectives up to a tag: they are decoded, or nobody wants them."""
+        self.taken = max(self.taken, tag)
+        for link in self.links.values():
+            for slot in [slot for slot in link.slots if slot[1] <= tag]:
+                self.held_bytes -= sum(len(seen.message.payload) for seen in link.slots.pop(slot))
+
+    def settle(self, tag: int) -> None:
+        """Says that no rank begins a later collective before it has ended those up to this tag."""
+        for link in self.links.values():
+            for other in [other for other in link.spans if other <= tag]:
+                link.floor = max(link.floor, link.spans.pop(other)[1])
+
+    @property
+    def oldest(self) -> int:
+        """The highest tag that all links of the ring have come to; of those that ended, the rest."""
+        return min((link.newest for link in self.ring().values() if not link.ended), default=_ALL_TAGS)
+
+    @property
+    def whole_ring(self) -> bool:
+        """Whether all links of the ring were seen, and none has lost anything."""
+        links = self.ring()
+        return len(links) == self.world and not any(link.losses for link in links.values())
+
+    @property
+    def newest(self) -> int:
+        """Highest tag of a payload in the group."""
+        return max((link.newest for link in self.members().values()), default=-1)
+
     def _place(self) -> None:
-        if self._ranks is not None:
+        if self._ranks is not None and self._version == self._directory.version:
             return
+        self._version = self._directory.version
         self._ranks, self._world = {}, None
         ranks, world = self._by_directory() or self._by_greetings()
         self._world = world
@@ -152,3 +220,11 @@ class Network:
             ranks[address] = own.pop()
             left.discard(ranks[address])
         return ranks, world if order else None
+
+
+def _doubted(message: Message, start: int, stop: int) -> Message:
+    begin, end = message.offset, message.offset + len(message.payload)
+    if stop <= begin - HEAD_BYTES or start >= end:
+        return message
+    hole = (0, end - begin) if start < begin else (start - begin, min(stop, end) - begin)
+    return message._replace(holes=(*message.holes, hole))

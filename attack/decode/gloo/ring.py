@@ -7,9 +7,12 @@ gathering, the whole sum by c, then by c-1, and so on. Knows lengths and places,
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 from typing import Final, NamedTuple
+
+from attack.decode.gloo.head import HEAD_BYTES
 
 MAX_SEGMENT_BYTES: Final = 1 << 20
 """gloo/allreduce.h"""
@@ -106,7 +109,7 @@ def align(
     count = len(expected)
     cost = [0]
     for length in expected:
-        cost.append(cost[-1] + length + 48)
+        cost.append(cost[-1] + length + HEAD_BYTES)
     reach: list[set[int]] = []  # of each group, where it may begin, by what comes before it
     ends = {0}
     for group, capacity in zip(groups, capacities, strict=True):
@@ -114,8 +117,8 @@ def align(
         starts = {
             start
             for end in ends
-            for start in range(end, count - size + 1)
-            if cost[start] - cost[end] <= capacity and tuple(expected[start : start + size]) == tuple(group)
+            for start in range(end, bisect.bisect_right(cost, cost[end] + capacity, hi=count - size + 1))
+            if tuple(expected[start : start + size]) == tuple(group)
         }
         reach.append(starts)
         ends = {start + size for start in starts}

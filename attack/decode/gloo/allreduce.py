@@ -1,0 +1,189 @@
+"""The messages of one all-reduce -> each rank's own vector, with how each element is known, and the whole sum.
+
+Takes the links of the ring and the total that is proven; refuses to guess a message's place. Knows nothing of what the
+vector means to the job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from attack.decode.gloo.framing import Message
+from attack.decode.gloo.head import Kind
+from attack.decode.gloo.inversion import Float32, Mask, Rule, numbers, own_part
+from attack.decode.gloo.network import Link
+from attack.decode.gloo.ring import Part, Ring, align, totals
+from attack.decode.notes import Notes
+from attack.observation import Known
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Vector:
+    """One rank's part of a sum."""
+
+    values: Float32
+    known: Mask
+    bound: Float32
+
+    @classmethod
+    def unknown(cls, size: int) -> Vector:
+        """Nothing is known of it."""
+        return cls(values=np.zeros(size, np.float32), known=np.zeros(size, np.uint8), bound=np.zeros(size, np.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Reduced:
+    """What one all-reduce gives away."""
+
+    ranks: list[Vector]
+    total: Float32
+    """The sum, as every rank got it."""
+    total_known: npt.NDArray[np.bool_]
+
+
+class _Sums:
+    """The partial sums of one vector, from all messages that carried them."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self._copies: dict[Part, list[tuple[Float32, npt.NDArray[np.bool_] | None]]] = defaultdict(list)
+        self.disputed = 0
+
+    def add(self, part: Part, message: Message) -> None:
+        values = numbers(memoryview(message.payload), self.rule.format)
+        known = None
+        if message.holes:
+            known = np.ones(len(values), np.bool_)
+            size = self.rule.format.bytes
+            for start, stop in message.holes:
+                known[start // size : -(-stop // size)] = False
+        self._copies[part].append((values, known))
+
+    def get(self, part: Part) -> tuple[Float32, npt.NDArray[np.bool_] | None] | None:
+        """A sum and where it is known (None: everywhere); copies that differ are not believed."""
+        if not (copies := self._copies.get(part)):
+            return None
+        (first, known), *others = copies
+        for values, more in others:
+            same = first.view(np.uint32) == values.view(np.uint32)
+            if known is None and more is None and same.all():
+                continue
+            known = np.ones(len(first), np.bool_) if known is None else known
+            more = np.ones(len(first), np.bool_) if more is None else more
+            disputed = known & more & ~same
+            self.disputed += int(disputed.sum())
+            first, known = np.where(known, first, values), (known | more) & ~disputed
+        return first, known
+
+
+def take_apart(ring: Ring, links: dict[int, Link], tags: tuple[int, int, int], rule: Rule, notes: Notes) -> Reduced:
+    """Inverts one all-reduce.
+
+    Args:
+        ring: its geometry; the total is proven.
+        links: by sender.
+        tags: of the first collective that was under way beside it, its own, and of the last one beside it. Collectives
+            beyond these are separate: all ranks wait for those of a step before they begin the next.
+        rule: what the ranks did before adding.
+        notes: gets what was not believed.
+    """
+    sums = _Sums(rule)
+    for rank, link in links.items():
+        for part, message in _placed(ring, rank, link, tags, notes):
+            sums.add(part, message)
+    size = ring.total // ring.element
+    ranks = [Vector.unknown(size) for _ in range(ring.world)]
+    total, total_known = np.zeros(size, np.float32), np.zeros(size, np.bool_)
+    for segment in range(ring.num_segments):
+        start, stop = ring.place(segment)
+        where = slice(start // ring.element, stop // ring.element)
+        if start == stop:
+            continue
+        before = None
+        for hop in range(ring.world):
+            after = sums.get(Part(segment, hop))
+            if after is not None and (hop == 0 or before is not None):
+                _add_own(ranks[ring.author(segment, hop)], where, after, before, rule)
+            before = after
+        if before is not None:
+            total[where], total_known[where] = before[0], True if before[1] is None else before[1]
+    if sums.disputed:
+        notes.add(
+            f"all-reduce {tags[1]}: {sums.disputed} elements of its result differ between two links: left unknown"
+        )
+    return Reduced(ranks=ranks, total=total, total_known=total_known)
+
+
+def solve_total(links: dict[int, Link], tag: int, *, world: int, element: int) -> int | None:
+    """The total of an all-reduce, where every link without a loss proves the same one; None where they do not."""
+    answer: set[int] | None = None
+    for rank, link in links.items():
+        if link.floor == len(link.losses) and (seen := link.slots.get((Kind.ALLREDUCE, tag))):
+            lengths = tuple(len(one.message.payload) for one in seen)
+            found = set(totals(lengths, world=world, rank=rank, element=element))
+            answer = found if answer is None else answer & found
+    return answer.pop() if answer and len(answer) == 1 else None
+
+
+def is_whole(ring: Ring, links: dict[int, Link], tag: int) -> bool:
+    """Whether as many messages of an all-reduce were seen as there are, on all links."""
+    return len(links) == ring.world and all(
+        len(link.slots.get((Kind.ALLREDUCE, tag), ())) == len(ring.sent_by(rank)[1]) for rank, link in links.items()
+    )
+
+
+def agrees(ring: Ring, links: dict[int, Link], tag: int) -> bool:
+    """Whether no link that lost nothing has shown a message that this all-reduce has not."""
+    for rank, link in links.items():
+        if link.floor == len(link.losses):
+            lengths = tuple(len(seen.message.payload) for seen in link.slots.get((Kind.ALLREDUCE, tag), ()))
+            if lengths != ring.sent_by(rank)[1][: len(lengths)]:
+                return False
+    return True
+
+
+def _add_own(
+    vector: Vector,
+    where: slice,
+    after: tuple[Float32, npt.NDArray[np.bool_] | None],
+    before: tuple[Float32, npt.NDArray[np.bool_] | None] | None,
+    rule: Rule,
+) -> None:
+    value, known, bound = vector.values[where], vector.known[where], vector.bound[where]
+    own_part(after[0], None if before is None else before[0], rule, value, known, bound)
+    for seen in (after[1], None if before is None else before[1]):
+        if seen is not None:
+            value[~seen], known[~seen], bound[~seen] = 0, Known.UNKNOWN, 0
+
+
+def _placed(
+    ring: Ring, rank: int, link: Link, tags: tuple[int, int, int], notes: Notes
+) -> Iterator[tuple[Part, Message]]:
+    """The messages of one link with what they carry, as far as that can be proven."""
+    first, tag, last = tags
+    seen = link.slots.get((Kind.ALLREDUCE, tag), [])
+    parts, expected = ring.sent_by(rank)
+    lengths = tuple(len(one.message.payload) for one in seen)
+    later = [epoch for other, (epoch, _) in link.spans.items() if other > last]
+    low = max([link.floor, *(epoch for other, (_, epoch) in link.spans.items() if other < first)])
+    high = min(later, default=len(link.losses))
+    if lengths == expected or (low == high and lengths == expected[: len(lengths)]):
+        yield from zip(parts, (one.message for one in seen), strict=False)
+        return
+    groups = [[one for one in seen if one.epoch == epoch] for epoch in range(low, high + 1)]
+    if sum(map(len, groups)) != len(seen):
+        notes.add(f"flow {link.flow}: messages of collective {tag} out of order: not believed")
+        return
+    sizes = [[len(one.message.payload) for one in group] for group in groups]
+    capacities = [0.0, *link.losses[low:high]]
+    placed = align(sizes, capacities, expected, ended=bool(later))
+    if all(place is None for place, group in zip(placed, groups, strict=True) if group) and seen:
+        notes.add(f"flow {link.flow}: the place of messages of collective {tag} cannot be proven: left out")
+    for place, group in zip(placed, groups, strict=True):
+        if place is not None:
+            yield from zip(parts[place:], (one.message for one in group), strict=False)

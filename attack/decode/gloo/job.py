@@ -1,0 +1,317 @@
+"""The collectives of one group, in the order of their tags -> the steps of a job, and each rank's gradient at each.
+
+DistributedDataParallel sums one bucket after the other, divided by the number of ranks beforehand: first all parameters
+in their order (or, where unused ones are looked for, from the last to the first); then in the layout that rank 0
+broadcasts. The project's own all-reduce sums a flat gradient in buckets of 25 MiB, undivided.
+
+What comes between steps and is no bucket (a loss, a barrier) is passed over. What does not fit within a step ends the
+reading: nothing behind it is believed. A collective of which nothing at all was seen is taken for the bucket that would
+be next only once the layout is settled and the job was never seen to do anything else. Knows no optimizer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from attack.decode.gloo.allreduce import Vector, agrees, is_whole, solve_total, take_apart
+from attack.decode.gloo.head import Kind
+from attack.decode.gloo.inversion import FLOAT32, Float32, Rule, Sending
+from attack.decode.gloo.network import Network
+from attack.decode.gloo.parameters import begins_layout, joined, parse_layout
+from attack.decode.gloo.ring import Ring
+from attack.decode.gloo.setup import Collective, Plan, recognize
+from attack.decode.notes import Notes
+
+FLAT_BUCKET_BYTES = 25 << 20
+"""Of the project's own all-reduce."""
+MAX_SKIPPED = 16
+"""All-reduces before the first step that are none of its buckets."""
+MIN_PATIENCE_BYTES = 64 << 20
+
+Bucket: TypeAlias = tuple[slice, ...]
+"""What a bucket holds of the flat gradient, in its own order."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Step:
+    """What is known of one step."""
+
+    step: int
+    ranks: list[Vector]
+    average: Float32
+    average_known: npt.NDArray[np.bool_]
+    """Where the average is what every rank got."""
+    buffers: Float32 | None
+    """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
+    first_tag: int
+
+
+class Job:
+    """Reads the collectives of a network's group."""
+
+    def __init__(self, network: Network, notes: Notes) -> None:
+        self.plan: Plan | None = None
+        self._network = network
+        self._notes = notes
+        self._tag = 0  # the next collective
+        self._step = 0
+        self._setup: list[Collective] = []
+        self._layout: list[Bucket] = []
+        self._layout_settled = False
+        self._indices: bytearray | None = None  # of a new layout, whose sizes come next
+        self._regular = True  # never anything but buckets and broadcasts before each step
+        self._prologue = 0  # broadcasts before the next step, so far
+        self._usual_prologue: int | None = None  # before the last step, once the layout was settled
+        self._buffers: Float32 | None = None  # for the next step
+        self._looked = -1  # the collective that all had come past when the layout was last looked for
+        self._open: Step | None = None
+        self._done = 0  # buckets of the open step
+        self._over = False
+
+    def steps(self, *, end: bool = False) -> Iterator[Step]:
+        """The steps that are over; at the end, what there is of the last one too."""
+        if not (self._network.changed or end) or self._network.world is None:
+            return
+        self._network.changed = False
+        moved = True
+        while moved and not self._over:
+            before = self._tag, self.plan
+            self._advance(end=end)
+            moved = before != (self._tag, self.plan)
+            if self._open is not None and self._done and self._done == len(self._layout):
+                yield self._finish_step()
+        if end and self._open is not None:
+            yield self._finish_step()
+
+    def _advance(self, *, end: bool) -> None:
+        """Reads the next collective, if enough was seen of it."""
+        network, tag = self._network, self._tag
+        kinds, closed = network.kinds(tag), network.closed(tag) or end
+        if not kinds and not (closed and network.newest > tag):
+            return
+        if self.plan is None:
+            if kinds == {Kind.ALLREDUCE} and (plan := recognize(self._setup, self._notes)) is not None:
+                self.plan = plan
+            elif closed:
+                self._setup.append(self._read(tag, kinds))
+                self._pass()
+                network.settle(tag)
+        elif kinds == {Kind.ALLREDUCE}:
+            self._read_bucket(closed=closed, end=end)
+        elif not kinds and self._layout_settled and self._regular and self._usual_prologue is not None:
+            if self._open is None and self._prologue < self._usual_prologue:
+                self._take_broadcast(Collective(Kind.BROADCAST, None))
+                self._pass()
+            else:
+                self._read_bucket(closed=closed, end=end)
+        elif self._open is not None or not kinds:
+            names = ", ".join(sorted(kind.name.lower() for kind in kinds)) or "nothing"
+            self._refuse(f"wanted a bucket's all-reduce, got {names}")
+        elif closed:
+            self._take_broadcast(self._read(tag, kinds))
+            self._pass()
+
+    def _read(self, tag: int, kinds: set[Kind]) -> Collective:
+        """What a collective moved, that is over."""
+        if len(kinds) != 1:
+            return Collective(Kind.ALLREDUCE, None)
+        [kind] = kinds
+        content = joined(self._network.copies(kind, tag))
+        return Collective(kind, content[0] if content is not None and content[1] else None)
+
+    def _take_broadcast(self, broadcast: Collective) -> None:
+        """Between two steps: the layout of the buckets, in two parts; or the buffers."""
+        assert self.plan is not None
+        if broadcast.kind is not Kind.BROADCAST:
+            self._regular = False
+            return
+        content, plan = broadcast.content, self.plan
+        if self._indices is not None:
+            layout = parse_layout(self._indices, content or b"", plan.count)
+            self._indices = None
+            if layout is None:
+                self._refuse("wanted the layout of the buckets, got other numbers, or not all of them")
+                return
+            parameters = [slice(*plan.offsets[index : index + 2]) for index in range(plan.count)]
+            self._layout = [tuple(parameters[index] for index in bucket) for bucket in layout]
+            self._layout_settled = True
+            return
+        if content is None and not self._layout_settled:
+            self._refuse("a broadcast that may be the layout of the buckets was not seen whole")
+        elif content is not None and not self._layout_settled and begins_layout(content, plan.count):
+            self._indices = content
+            return
+        elif plan.buffers is not None and not self._prologue:
+            whole = content is not None and len(content) == plan.buffers.nbytes
+            self._buffers = np.frombuffer(content, "<f4") if whole and content is not None else None
+        self._prologue += 1
+
+    def _read_bucket(self, *, closed: bool, end: bool) -> None:
+        assert self._network.world is not None and self.plan is not None
+        if not self._layout and not self._find_layout(closed=closed, end=end):
+            return
+        links, tag, bucket = self._network.ring(), self._tag, self._layout[self._done]
+        ring = Ring(4 * sum(part.stop - part.start for part in bucket), self._network.world, FLOAT32.bytes)
+        # One collective may be under way beside the last bucket: the map of parameters that were not used.
+        last = tag + len(self._layout) - self._done
+        if not (is_whole(ring, links, tag) or end or self._network.closed(last)):
+            return
+        if not agrees(ring, links, tag):
+            if self._open is None:
+                self._skip("an all-reduce of another size than the next bucket's")
+            else:
+                self._refuse(f"wanted a bucket of {ring.total} bytes, got an all-reduce of another size")
+            return
+        seen = self._open if self._open is not None else self._begin_step()
+        rule = Rule(FLOAT32, Sending.PLAIN if self.plan.flat else Sending.DIVIDED, ring.world)
+        reduced = take_apart(ring, links, (seen.first_tag, tag, last), rule, self._notes)
+        at = 0
+        for part in bucket:
+            inside = slice(at, at + part.stop - part.start)
+            at = inside.stop
+            for whole, piece in zip(seen.ranks, reduced.ranks, strict=True):
+                whole.values[part] = piece.values[inside]
+                whole.known[part] = piece.known[inside]
+                whole.bound[part] = piece.bound[inside]
+            seen.average[part], seen.average_known[part] = reduced.total[inside], reduced.total_known[inside]
+        self._done += 1
+        self._pass()
+
+    def _find_layout(self, *, closed: bool, end: bool) -> bool:
+        """Looks for the buckets of the first step, once there is enough to tell them by; False where there is not.
+
+        Buckets are under way at the same time, so the messages of a large one, in the middle of it, can look like all
+        of a small one. So the whole step must fit, and be over.
+        """
+        if not closed or not (end or self._network.oldest > self._looked):
+            return False
+        self._looked = self._network.oldest
+        assert self.plan is not None
+        for tag in range(self._tag, min(self._network.newest, self._tag + MAX_SKIPPED) + 1):
+            found = self._flat_layout(tag, end=end) if self.plan.flat else self._model_layout(tag, end=end)
+            if found:
+                for _ in range(self._tag, tag):
+                    self._skip("an all-reduce before the first step")
+                self._layout = found
+                return True
+            if self.plan.flat:
+                break
+        if end or self._network.held_bytes > self._patience:
+            self._refuse(self._unknown_layout())
+        return False
+
+    def _model_layout(self, tag: int, *, end: bool) -> list[Bucket]:
+        """DDP's, if its first bucket is at `tag`: all parameters in order; else from the last parameter to the first.
+
+        Only in the first case the final layout is broadcast directly behind the first step.
+        """
+        assert self.plan is not None
+        offsets, network = self.plan.offsets, self._network
+        whole = tuple(slice(*pair) for pair in pairwise(offsets))
+        broadcasts = [
+            part.payload for copy in network.copies(Kind.BROADCAST, tag + 1) for part in copy if not part.holes
+        ]
+        if tag == self._tag and any(begins_layout(payload, self.plan.count) for payload in broadcasts):
+            ring = Ring(4 * offsets[-1], network.world or 0, FLOAT32.bytes)
+            return [whole] if agrees(ring, network.ring(), tag) else []
+        starts, stop, layout = set(offsets[:-1]), offsets[-1], []
+        while stop:
+            total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
+            if total is None or (start := stop - total // 4) not in starts or not (end or network.closed(tag)):
+                return []
+            layout.append(tuple(part for part in whole if start <= part.start < stop))
+            stop, tag = start, tag + 1
+        self._layout_settled = len(layout) > 1
+        return layout
+
+    def _flat_layout(self, tag: int, *, end: bool) -> list[Bucket]:
+        """The project's own: buckets of 25 MiB and a smaller one. The next step must begin as this one did."""
+        assert self.plan is not None
+        network, state, start = self._network, self.plan.weights, 0
+        layout: list[Bucket] = []
+        totals: list[int] = []
+        while not totals or totals[-1] == FLAT_BUCKET_BYTES:
+            total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
+            if totals and state is not None and start == state.size:
+                break
+            if total is None or total > FLAT_BUCKET_BYTES or not (end or network.closed(tag)):
+                return []
+            totals.append(total)
+            layout.append((slice(start, start + total // 4),))
+            start, tag = start + total // 4, tag + 1
+        following = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
+        if following != totals[0] and (following is not None or network.newest >= tag or not network.whole_ring):
+            return []
+        if state is None or start > state.size:
+            return []
+        self.plan.shapes, self.plan.offsets = ((start,),), (0, start)
+        self.plan.weights, rest = state[:start], state[start:]
+        self.plan.buffers = rest if rest.size else None
+        self._layout_settled = True
+        return layout
+
+    def _unknown_layout(self) -> str:
+        """Why the first step's buckets were not found."""
+        assert self.plan is not None
+        if self.plan.offsets:
+            halves = Ring(2 * self.plan.offsets[-1], self._network.world or 0, 2)
+            for tag in range(self._tag, self._tag + MAX_SKIPPED):
+                if is_whole(halves, self._network.ring(), tag) and agrees(halves, self._network.ring(), tag):
+                    return "gradients of two bytes an element, float16 or bfloat16, which the wire does not tell apart"
+        return "the first step's buckets are not proven by the sizes of its messages"
+
+    @property
+    def _patience(self) -> int:
+        """Bytes of payloads that may wait for the first step's layout: those of two or three steps."""
+        state = self.plan.weights if self.plan is not None else None
+        size = self.plan.offsets[-1] if self.plan is not None and self.plan.offsets else 0
+        return MIN_PATIENCE_BYTES + 24 * (self._network.world or 0) * max(size, 0 if state is None else state.size)
+
+    def _begin_step(self) -> Step:
+        assert self.plan is not None and self._network.world is not None
+        if self._layout_settled:
+            self._usual_prologue = self._prologue
+        if self._step == 0:
+            self._buffers = self.plan.buffers
+        count = self.plan.offsets[-1]
+        self._open = Step(
+            step=self._step,
+            ranks=[Vector.unknown(count) for _ in range(self._network.world)],
+            average=np.zeros(count, np.float32),
+            average_known=np.zeros(count, np.bool_),
+            buffers=self._buffers,
+            first_tag=self._tag,
+        )
+        return self._open
+
+    def _finish_step(self) -> Step:
+        done, self._open = self._open, None
+        assert done is not None
+        self._network.settle(self._tag - 1)
+        self._step += 1
+        self._done = self._prologue = 0
+        self._buffers = None
+        return done
+
+    def _pass(self) -> None:
+        """Goes on to the next collective."""
+        self._network.release(self._tag)
+        self._tag += 1
+
+    def _skip(self, what: str) -> None:
+        """Passes over an all-reduce between two steps that is no bucket."""
+        self._regular = False
+        self._notes.add(f"{what}: passed over")
+        self._network.passed_over.add(self._tag)
+        self._pass()
+
+    def _refuse(self, why: str) -> None:
+        self._over = True
+        self._notes.add(f"collective {self._tag}, in step {self._step}: {why}: nothing from there on is believed")
+        self._network.release(1 << 32)

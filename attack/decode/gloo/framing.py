@@ -70,7 +70,8 @@ class GlooDecoder:
         self._greeted = not from_start
         self._lost = not from_start
         self._trial: Message | None = None  # found in a search; proven if a head follows
-        self._trial_head = 0
+        self._trial_opcode = Opcode.SEND_UNBOUND_BUFFER
+        self._trial_head = 0  # its offset
 
     def receive(self, data: Bytes) -> Iterator[Event]:
         """Takes the next bytes. Raises: DecodeError, where they are no message and nothing was missed before."""
@@ -170,10 +171,8 @@ class GlooDecoder:
 
     def _search(self, view: memoryview) -> memoryview:
         """Looks for a head in `rest`; what comes behind one is handed back to be read as its payload."""
-        for match in _HEAD.finditer(self._rest):
-            at = match.start()
-            if (head := parse_head(self._rest, at)) is None:
-                continue
+        at = _find_head(self._rest)
+        if at is not None and (head := parse_head(self._rest, at)) is not None:
             behind = bytes(self._rest[at + HEAD_BYTES :])
             self.offset -= len(behind)
             self._trial_head = self.offset - HEAD_BYTES
@@ -195,3 +194,15 @@ class GlooDecoder:
         yield Resumed(self._trial_head, self._trial_head - self._boundary)
         if self._trial_opcode is Opcode.SEND_UNBOUND_BUFFER:
             yield trial
+
+
+def _find_head(data: bytearray) -> int | None:
+    """Where the first head in these bytes begins."""
+    at = -1
+    while (match := _HEAD.search(data, at + 1)) is not None:
+        at = match.start()
+        if at + HEAD_BYTES > len(data):
+            return None
+        if parse_head(data, at) is not None:
+            return at
+    return None

@@ -93,7 +93,8 @@ class Job:
         """Reads the next collective, if enough was seen of it."""
         network, tag = self._network, self._tag
         kinds, closed = network.kinds(tag), network.closed(tag) or end
-        if not kinds and not (closed and network.newest > tag):
+        # Of two collectives that are under way, the later one may be seen first.
+        if not kinds and not ((network.closed(self._horizon) or end) and network.newest > tag):
             return
         if self.plan is None:
             if kinds == {Kind.ALLREDUCE} and (plan := recognize(self._setup, self._notes)) is not None:
@@ -116,6 +117,12 @@ class Job:
         elif closed:
             self._take_broadcast(self._read(tag, kinds))
             self._pass()
+
+    @property
+    def _horizon(self) -> int:
+        """The last collective that may be under way beside the next one: of the same step, or, beside its last bucket,
+        DDP's map of the parameters that were not used. Before the first step there is one at a time."""
+        return self._tag + (len(self._layout) - self._done if self.plan is not None else 0)
 
     def _read(self, tag: int, kinds: set[Kind]) -> Collective:
         """What a collective moved, that is over."""
@@ -158,9 +165,7 @@ class Job:
             return
         links, tag, bucket = self._network.ring(), self._tag, self._layout[self._done]
         ring = Ring(4 * sum(part.stop - part.start for part in bucket), self._network.world, FLOAT32.bytes)
-        # One collective may be under way beside the last bucket: the map of parameters that were not used.
-        last = tag + len(self._layout) - self._done
-        if not (is_whole(ring, links, tag) or end or self._network.closed(last)):
+        if not (is_whole(ring, links, tag) or end or self._network.closed(self._horizon)):
             return
         if not agrees(ring, links, tag):
             if self._open is None:
@@ -170,7 +175,7 @@ class Job:
             return
         seen = self._open if self._open is not None else self._begin_step()
         rule = Rule(FLOAT32, Sending.PLAIN if self.plan.flat else Sending.DIVIDED, ring.world)
-        reduced = take_apart(ring, links, (seen.first_tag, tag, last), rule, self._notes)
+        reduced = take_apart(ring, links, (seen.first_tag, tag, self._horizon), rule, self._notes)
         at = 0
         for part in bucket:
             inside = slice(at, at + part.stop - part.start)

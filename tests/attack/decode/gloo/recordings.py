@@ -1,0 +1,96 @@
+"""Real Gloo traffic with the truth beside it: recorded in a lab, kept small, and how.
+
+    GRADTAP_WRITE_VECTORS=1 python -m pytest tests/attack/decode/gloo/test_recordings.py
+
+records the vectors again. They were made with torch 2.13.0 on Linux. Ports and times differ each time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from attack.capture.streams import StreamEvent
+from attack.decode.recording import Desk
+from attack.observation import Known, Observation
+from nodes.commands.lab import environment
+from nodes.lab import LabConfig, run_lab
+from nodes.node import Node
+
+FOLDER = Path(__file__).parents[3] / "vectors" / "gloo"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One recorded job."""
+
+    world: int
+    options: tuple[str, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join([f"ddp{self.world}", *self.options, *("old-store" for _ in self.env)])
+
+
+CASES = (
+    Case(world=2),
+    Case(world=3, options=("norm",)),
+    Case(world=2, options=("unused",)),
+    Case(world=2, options=("static",)),
+    Case(world=2, options=("standalone",), env=(("USE_LIBUV", "0"),)),
+)
+
+
+def record(case: Case, run: Path) -> Path:
+    """Runs the stock script in a lab and returns its run folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).with_name("stock.py")
+    standalone = ("--standalone",) if "standalone" in case.options else ()
+    node = Node(
+        name="command",
+        argv=(
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.world), *standalone),
+            *(str(script), str(run / "truth"), *case.options),
+        ),
+        env=environment(hosts=False) | dict(case.env),
+    )
+    result = run_lab(LabConfig(nodes=(node,), run=run, ring_mib=32, deadline_s=120.0, echo=False))
+    assert result.ok, (result.message, result.log_tail)
+    assert result.dropped == 0
+    return run
+
+
+def read_truth(folder: Path) -> dict[str, np.ndarray]:
+    """All that the ranks left, as `step{S}.rank{R}.gradient` and `.weights`."""
+    return {
+        f"{file.stem}.{name}": array for file in sorted(folder.glob("*.npz")) for name, array in np.load(file).items()
+    }
+
+
+def check(truth: dict[str, np.ndarray], observations: list[Observation]) -> None:
+    """Fails where anything is said to be known, and is not so."""
+    for seen in observations:
+        where = f"step{seen.step}.rank{seen.rank}"
+        assert f"{where}.gradient" in truth or not seen.known.any(), f"{where}: there was no such gradient"
+        if f"{where}.gradient" not in truth:
+            continue
+        true, got, known = truth[f"{where}.gradient"], seen.gradient.numpy(), seen.known.numpy()
+        raw, differenced = known == Known.RAW, known == Known.DIFFERENCED
+        assert (got[raw].view(np.uint32) == true[raw].view(np.uint32)).all(), f"{where}: a RAW element is wrong"
+        if differenced.any():
+            assert seen.bound is not None
+            error = np.abs(got[differenced].astype(np.float64) - true[differenced])
+            assert (error <= seen.bound.numpy()[differenced]).all(), f"{where}: beyond its bound"
+        if seen.weights is not None:
+            weights = truth[f"{where}.weights"]
+            assert (seen.weights.numpy().view(np.uint32) == weights.view(np.uint32)).all(), f"{where}: wrong weights"
+
+
+def observe(events: list[StreamEvent]) -> tuple[list[Observation], Desk]:
+    """What a desk proves of these streams."""
+    desk = Desk(events, optimizer="sgd:lr=0.1")
+    return list(desk.observations()), desk

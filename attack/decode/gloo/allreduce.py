@@ -6,9 +6,12 @@ vector means to the job.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,14 +39,43 @@ class Vector:
         return cls(values=np.zeros(size, np.float32), known=np.zeros(size, np.uint8), bound=np.zeros(size, np.float32))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Reduced:
-    """What one all-reduce gives away."""
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Gradients:
+    """What a step's all-reduces give away."""
 
     ranks: list[Vector]
     total: Float32
     """The sum, as every rank got it."""
     total_known: npt.NDArray[np.bool_]
+
+    @classmethod
+    def unknown(cls, size: int, *, world: int) -> Gradients:
+        """Nothing is known yet."""
+        ranks = [Vector.unknown(size) for _ in range(world)]
+        return cls(ranks=ranks, total=np.zeros(size, np.float32), total_known=np.zeros(size, np.bool_))
+
+
+_Sum: TypeAlias = tuple[Float32, npt.NDArray[np.bool_] | None]
+"""A partial sum, and where it is known; None: everywhere."""
+
+
+class _Pieces:
+    """Where the elements of a bucket belong."""
+
+    def __init__(self, bucket: Sequence[slice]) -> None:
+        self._bucket = bucket
+        self._ends = list(accumulate(part.stop - part.start for part in bucket))
+
+    def of(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
+        """For elements of the bucket, part by part: which of them, and where they belong."""
+        at = start
+        for index in range(bisect.bisect_right(self._ends, start), len(self._bucket)):
+            if at == stop:
+                return
+            end = min(stop, self._ends[index])
+            target = self._bucket[index].stop - self._ends[index]
+            yield slice(at - start, end - start), slice(at + target, end + target)
+            at = end
 
 
 class _Sums:
@@ -51,7 +83,7 @@ class _Sums:
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
-        self._copies: dict[Part, list[tuple[Float32, npt.NDArray[np.bool_] | None]]] = defaultdict(list)
+        self._copies: dict[Part, list[_Sum]] = defaultdict(list)
         self.disputed = 0
 
     def add(self, part: Part, message: Message) -> None:
@@ -64,7 +96,7 @@ class _Sums:
                 known[start // size : -(-stop // size)] = False
         self._copies[part].append((values, known))
 
-    def get(self, part: Part) -> tuple[Float32, npt.NDArray[np.bool_] | None] | None:
+    def get(self, part: Part) -> _Sum | None:
         """A sum and where it is known (None: everywhere); copies that differ are not believed."""
         if not (copies := self._copies.get(part)):
             return None
@@ -81,7 +113,16 @@ class _Sums:
         return first, known
 
 
-def take_apart(ring: Ring, links: dict[int, Link], tags: tuple[int, int, int], rule: Rule, notes: Notes) -> Reduced:
+def take_apart(
+    ring: Ring,
+    links: dict[int, Link],
+    *,
+    tags: tuple[int, int, int],
+    rule: Rule,
+    bucket: Sequence[slice],
+    into: Gradients,
+    notes: Notes,
+) -> None:
     """Inverts one all-reduce.
 
     Args:
@@ -90,33 +131,33 @@ def take_apart(ring: Ring, links: dict[int, Link], tags: tuple[int, int, int], r
         tags: of the first collective that was under way beside it, its own, and of the last one beside it. Collectives
             beyond these are separate: all ranks wait for those of a step before they begin the next.
         rule: what the ranks did before adding.
+        bucket: where its elements belong, part by part.
+        into: gets what is known.
         notes: gets what was not believed.
     """
     sums = _Sums(rule)
     for rank, link in links.items():
         for part, message in _placed(ring, rank, link, tags, notes):
             sums.add(part, message)
-    size = ring.total // ring.element
-    ranks = [Vector.unknown(size) for _ in range(ring.world)]
-    total, total_known = np.zeros(size, np.float32), np.zeros(size, np.bool_)
+    pieces = _Pieces(bucket)
     for segment in range(ring.num_segments):
-        start, stop = ring.place(segment)
-        where = slice(start // ring.element, stop // ring.element)
+        start, stop = (at // ring.element for at in ring.place(segment))
         if start == stop:
             continue
         before = None
         for hop in range(ring.world):
             after = sums.get(Part(segment, hop))
             if after is not None and (hop == 0 or before is not None):
-                _add_own(ranks[ring.author(segment, hop)], where, after, before, rule)
+                vector = into.ranks[ring.author(segment, hop)]
+                for inside, where in pieces.of(start, stop):
+                    _add_own(vector, where, _cut(after, inside), _cut(before, inside), rule)
             before = after
         if before is not None:
-            total[where], total_known[where] = before[0], True if before[1] is None else before[1]
+            for inside, where in pieces.of(start, stop):
+                values, known = before[0][inside], before[1]
+                into.total[where], into.total_known[where] = values, True if known is None else known[inside]
     if sums.disputed:
-        notes.add(
-            f"all-reduce {tags[1]}: {sums.disputed} elements of its result differ between two links: left unknown"
-        )
-    return Reduced(ranks=ranks, total=total, total_known=total_known)
+        notes.add(f"collective {tags[1]}: {sums.disputed} elements differ between two links: left unknown")
 
 
 def solve_total(links: dict[int, Link], tag: int, *, world: int, element: int) -> int | None:
@@ -138,22 +179,23 @@ def is_whole(ring: Ring, links: dict[int, Link], tag: int) -> bool:
 
 
 def agrees(ring: Ring, links: dict[int, Link], tag: int) -> bool:
-    """Whether no link that lost nothing has shown a message that this all-reduce has not."""
+    """Whether no link has shown a message that this all-reduce has not; in order, where the link lost nothing."""
     for rank, link in links.items():
-        if link.floor == len(link.losses):
-            lengths = tuple(len(seen.message.payload) for seen in link.slots.get((Kind.ALLREDUCE, tag), ()))
-            if lengths != ring.sent_by(rank)[1][: len(lengths)]:
-                return False
+        lengths = tuple(len(seen.message.payload) for seen in link.slots.get((Kind.ALLREDUCE, tag), ()))
+        expected = ring.sent_by(rank)[1]
+        if not set(lengths) <= set(expected):
+            return False
+        if link.floor == len(link.losses) and lengths != expected[: len(lengths)]:
+            return False
     return True
 
 
-def _add_own(
-    vector: Vector,
-    where: slice,
-    after: tuple[Float32, npt.NDArray[np.bool_] | None],
-    before: tuple[Float32, npt.NDArray[np.bool_] | None] | None,
-    rule: Rule,
-) -> None:
+def _cut(seen: _Sum | None, inside: slice) -> _Sum | None:
+    return None if seen is None else (seen[0][inside], None if seen[1] is None else seen[1][inside])
+
+
+def _add_own(vector: Vector, where: slice, after: _Sum | None, before: _Sum | None, rule: Rule) -> None:
+    assert after is not None
     value, known, bound = vector.values[where], vector.known[where], vector.bound[where]
     own_part(after[0], None if before is None else before[0], rule, value, known, bound)
     for seen in (after[1], None if before is None else before[1]):

@@ -1,4 +1,4 @@
-"""A ring's partial sums -> what one rank added, with how far off that can be; float32, float16 and bfloat16.
+"""A ring's partial sums -> what one rank added, with how far off that can be; float32 and float16.
 
 A rank computes after = round(own + before). Both sums are on the wire, so own is within half a unit in the last place
 of `after` around after - before; what no rank added to before is on the wire as it is. DDP divides by the number of
@@ -37,7 +37,6 @@ class Format(NamedTuple):
 
 FLOAT32: Final = Format("float32", 4, 24, 2.0**-150)
 FLOAT16: Final = Format("float16", 2, 11, 2.0**-25)
-BFLOAT16: Final = Format("bfloat16", 2, 8, 2.0**-134)
 
 
 class Sending(enum.Enum):
@@ -47,7 +46,7 @@ class Sending(enum.Enum):
     DIVIDED = enum.auto()
     """By the number of ranks: multiplied by the float32 1/world (DDP), or divided (DDP, gradients as bucket views)."""
     CAST = enum.auto()
-    """Rounded to the format of the wire, then divided there by the number of ranks (fp16 and bf16 hooks)."""
+    """Rounded to the format of the wire, then divided there by the number of ranks (DDP's fp16 hook)."""
 
 
 class Rule(NamedTuple):
@@ -62,9 +61,18 @@ def numbers(payload: memoryview, fmt: Format) -> Float32:
     """A payload as float32, exactly; a view of it where it is that already."""
     if fmt is FLOAT32:
         return np.frombuffer(payload, "<f4")
-    if fmt is FLOAT16:
-        return np.frombuffer(payload, "<f2").astype(np.float32)
-    return (np.frombuffer(payload, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.frombuffer(payload, "<f2").astype(np.float32)
+
+
+def looks_like_float16(payload: memoryview) -> bool:
+    """Whether two-byte numbers are spread as gradients are, if they are float16.
+
+    bfloat16 has the upper bits of float32: read as float16, all that is smaller than 2 and larger than 2**-31 has an
+    exponent of 12 to 15. A guess, therefore, that errs towards no.
+    """
+    bits = np.frombuffer(payload, "<u2")
+    exponents = (bits[bits & 0x7FFF != 0] >> 10) & 0x1F
+    return bool(len(exponents)) and float(np.mean((exponents >= 12) & (exponents <= 15))) < 0.9
 
 
 def own_part(after: Float32, before: Float32 | None, rule: Rule, value: Float32, known: Mask, bound: Float32) -> None:
@@ -89,33 +97,28 @@ def _own_part(after: Float32, before: Float32 | None, rule: Rule, value: Float32
         rule.sending is Sending.DIVIDED and rule.world & (rule.world - 1) == 0
     )
     if before is None:
-        np.multiply(after, scale, out=value)
+        value[:] = after
         bound.fill(0)
         known.fill(Known.RAW if exactly_scaled else Known.DIFFERENCED)
-        if exactly_scaled:
-            # A product that is not a normal number has lost its last digits; a zero may have been more than that.
-            small = np.abs(after) <= _TINY
-            if small.any():
-                known[small] = Known.DIFFERENCED
-                bound[small] = scale * np.float32(2.0**-149)
-        size = np.abs(after)
+        if exactly_scaled and (small := np.abs(after) <= _TINY).any():
+            # A quotient that is not a normal number has lost its last digits; a zero may have been more than that.
+            known[small] = Known.DIFFERENCED
+            bound[small] = scale * np.float32(2.0**-149)
     else:
         np.subtract(after, before, out=value)
-        size = np.abs(value)
         np.add(_half_ulp(after, rule.format), _half_ulp(value, FLOAT32), out=bound)
+        known.fill(Known.DIFFERENCED)
         if exactly_scaled:
-            # Twice the smallest number covers what a product that is not normal lost; the last factor, this sum.
+            # Twice the smallest number covers what a quotient that is not normal lost; the last factor, this sum.
             bound += np.float32(2.0**-148)
             bound *= scale * np.float32(1 + 2.0**-22)
-            if scale != 1:
-                value *= scale
-        known.fill(Known.DIFFERENCED)
     if not exactly_scaled:
-        if before is not None:
-            value *= scale
-        _add_rounding(size, rule, bound)
-    valid = np.isfinite(value) & np.isfinite(bound) & np.isfinite(after)
-    if not valid.all():
+        _add_rounding(np.abs(value), rule, bound)
+    if scale != 1:
+        value *= scale
+    # A bound is finite only where both sums are; a product may overflow besides.
+    if not (np.isfinite(value).all() and bound.max() < np.inf):
+        valid = np.isfinite(value) & np.isfinite(bound)
         known[~valid], value[~valid], bound[~valid] = Known.UNKNOWN, 0, 0
 
 
@@ -124,7 +127,7 @@ def _add_rounding(size: Float32, rule: Rule, bound: Float32) -> None:
 
     With u = 2**-digits, the division moves x by at most u|x|; where 1/world was rounded itself, by as much again. A
     cast before it moves the gradient by u of its own. The product in float32 adds 2**-24. `size` + `bound` is at least
-    |x|, and the factors of 1.01 cover the terms of second order for u <= 2**-8.
+    |x|, and the factors of 1.01 cover the terms of second order for u <= 2**-11.
     """
     world, fmt = np.float32(rule.world), rule.format
     unit = 2.0**-fmt.digits

@@ -17,11 +17,10 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
-from attack.decode.gloo.allreduce import Vector, agrees, is_whole, solve_total, take_apart
+from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
 from attack.decode.gloo.head import Kind
-from attack.decode.gloo.inversion import FLOAT32, Float32, Rule, Sending
+from attack.decode.gloo.inversion import FLOAT16, FLOAT32, Float32, Rule, Sending, looks_like_float16
 from attack.decode.gloo.network import Network
 from attack.decode.gloo.parameters import begins_layout, joined, parse_layout
 from attack.decode.gloo.ring import Ring
@@ -43,10 +42,7 @@ class Step:
     """What is known of one step."""
 
     step: int
-    ranks: list[Vector]
-    average: Float32
-    average_known: npt.NDArray[np.bool_]
-    """Where the average is what every rank got."""
+    seen: Gradients
     buffers: Float32 | None
     """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
     first_tag: int
@@ -57,11 +53,14 @@ class Job:
 
     def __init__(self, network: Network, notes: Notes) -> None:
         self.plan: Plan | None = None
+        self.format = FLOAT32
+        """Of the gradients on the wire."""
         self._network = network
         self._notes = notes
         self._tag = 0  # the next collective
         self._step = 0
         self._setup: list[Collective] = []
+        self._unrecognized = -1  # as many collectives were no known job's
         self._layout: list[Bucket] = []
         self._layout_settled = False
         self._indices: bytearray | None = None  # of a new layout, whose sizes come next
@@ -97,8 +96,9 @@ class Job:
         if not kinds and not ((network.closed(self._horizon) or end) and network.newest > tag):
             return
         if self.plan is None:
-            if kinds == {Kind.ALLREDUCE} and (plan := recognize(self._setup, self._notes)) is not None:
-                self.plan = plan
+            if kinds == {Kind.ALLREDUCE} and len(self._setup) != self._unrecognized:
+                self.plan = recognize(self._setup, self._notes)
+                self._unrecognized = len(self._setup)
             elif closed:
                 self._setup.append(self._read(tag, kinds))
                 self._pass()
@@ -129,8 +129,7 @@ class Job:
         if len(kinds) != 1:
             return Collective(Kind.ALLREDUCE, None)
         [kind] = kinds
-        content = joined(self._network.copies(kind, tag))
-        return Collective(kind, content[0] if content is not None and content[1] else None)
+        return Collective(kind, joined(self._network.copies(kind, tag)))
 
     def _take_broadcast(self, broadcast: Collective) -> None:
         """Between two steps: the layout of the buckets, in two parts; or the buffers."""
@@ -164,7 +163,8 @@ class Job:
         if not self._layout and not self._find_layout(closed=closed, end=end):
             return
         links, tag, bucket = self._network.ring(), self._tag, self._layout[self._done]
-        ring = Ring(4 * sum(part.stop - part.start for part in bucket), self._network.world, FLOAT32.bytes)
+        elements = sum(part.stop - part.start for part in bucket)
+        ring = Ring(self.format.bytes * elements, self._network.world, self.format.bytes)
         if not (is_whole(ring, links, tag) or end or self._network.closed(self._horizon)):
             return
         if not agrees(ring, links, tag):
@@ -173,18 +173,17 @@ class Job:
             else:
                 self._refuse(f"wanted a bucket of {ring.total} bytes, got an all-reduce of another size")
             return
-        seen = self._open if self._open is not None else self._begin_step()
-        rule = Rule(FLOAT32, Sending.PLAIN if self.plan.flat else Sending.DIVIDED, ring.world)
-        reduced = take_apart(ring, links, (seen.first_tag, tag, self._horizon), rule, self._notes)
-        at = 0
-        for part in bucket:
-            inside = slice(at, at + part.stop - part.start)
-            at = inside.stop
-            for whole, piece in zip(seen.ranks, reduced.ranks, strict=True):
-                whole.values[part] = piece.values[inside]
-                whole.known[part] = piece.known[inside]
-                whole.bound[part] = piece.bound[inside]
-            seen.average[part], seen.average_known[part] = reduced.total[inside], reduced.total_known[inside]
+        step = self._open if self._open is not None else self._begin_step()
+        sending = Sending.PLAIN if self.plan.flat else Sending.DIVIDED if self.format is FLOAT32 else Sending.CAST
+        take_apart(
+            ring,
+            links,
+            tags=(step.first_tag, tag, self._horizon),
+            rule=Rule(self.format, sending, ring.world),
+            bucket=bucket,
+            into=step.seen,
+            notes=self._notes,
+        )
         self._done += 1
         self._pass()
 
@@ -208,7 +207,9 @@ class Job:
             if self.plan.flat:
                 break
         if end or self._network.held_bytes > self._patience:
-            self._refuse(self._unknown_layout())
+            self._refuse(
+                "the sizes of the first step's messages are not those of its parameters, in float32 or float16"
+            )
         return False
 
     def _model_layout(self, tag: int, *, end: bool) -> list[Bucket]:
@@ -223,8 +224,12 @@ class Job:
             part.payload for copy in network.copies(Kind.BROADCAST, tag + 1) for part in copy if not part.holes
         ]
         if tag == self._tag and any(begins_layout(payload, self.plan.count) for payload in broadcasts):
-            ring = Ring(4 * offsets[-1], network.world or 0, FLOAT32.bytes)
-            return [whole] if agrees(ring, network.ring(), tag) else []
+            for fmt in (FLOAT32, FLOAT16):
+                ring = Ring(fmt.bytes * offsets[-1], network.world or 0, fmt.bytes)
+                if agrees(ring, network.ring(), tag) and (fmt is FLOAT32 or self._looks_like_float16(tag)):
+                    self.format = fmt
+                    return [whole]
+            return []
         starts, stop, layout = set(offsets[:-1]), offsets[-1], []
         while stop:
             total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
@@ -261,15 +266,11 @@ class Job:
         self._layout_settled = True
         return layout
 
-    def _unknown_layout(self) -> str:
-        """Why the first step's buckets were not found."""
-        assert self.plan is not None
-        if self.plan.offsets:
-            halves = Ring(2 * self.plan.offsets[-1], self._network.world or 0, 2)
-            for tag in range(self._tag, self._tag + MAX_SKIPPED):
-                if is_whole(halves, self._network.ring(), tag) and agrees(halves, self._network.ring(), tag):
-                    return "gradients of two bytes an element, float16 or bfloat16, which the wire does not tell apart"
-        return "the first step's buckets are not proven by the sizes of its messages"
+    def _looks_like_float16(self, tag: int) -> bool:
+        """Whether all that was sent first can be float16; the wire does not say it."""
+        slots = [link.slots.get((Kind.ALLREDUCE, tag)) for link in self._network.ring().values()]
+        firsts = [slot[0].message for slot in slots if slot]
+        return bool(firsts) and all(looks_like_float16(memoryview(message.payload)) for message in firsts)
 
     @property
     def _patience(self) -> int:
@@ -284,12 +285,9 @@ class Job:
             self._usual_prologue = self._prologue
         if self._step == 0:
             self._buffers = self.plan.buffers
-        count = self.plan.offsets[-1]
         self._open = Step(
             step=self._step,
-            ranks=[Vector.unknown(count) for _ in range(self._network.world)],
-            average=np.zeros(count, np.float32),
-            average_known=np.zeros(count, np.bool_),
+            seen=Gradients.unknown(self.plan.offsets[-1], world=self._network.world),
             buffers=self._buffers,
             first_tag=self._tag,
         )

@@ -9,64 +9,82 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from attack.decode.gloo.framing import Message
 from attack.observation import Shapes
 
 _MAX_DIMENSIONS = 8
+_MAX_WAYS = 64
+"""To read shapes; as many as this are too many to choose from."""
 
 
-def joined(copies: Sequence[Sequence[Message]]) -> tuple[bytearray, bool] | None:
-    """What all of these links say alike, from what each has of it, and whether that is whole. None: they contradict."""
-    best = bytearray()
+def joined(copies: Sequence[Sequence[Message]]) -> bytearray | None:
+    """What links say alike that carried the same; None where they contradict, or something is missing in all."""
+    whole = [copy for copy in copies if not any(message.holes for message in copy)]
+    if whole and len(whole) == len(copies):
+        contents = [copy[0].payload if len(copy) == 1 else bytearray().join(m.payload for m in copy) for copy in copies]
+        return contents[0] if all(content == contents[0] for content in contents[1:]) else None
+    content: npt.NDArray[np.uint8] | None = None
     known = np.zeros(0, np.bool_)
     for copy in copies:
-        payload = bytearray().join(message.payload for message in copy)
-        seen = np.ones(len(payload), np.bool_)
+        theirs = np.frombuffer(bytearray().join(message.payload for message in copy), np.uint8)
+        seen = np.ones(len(theirs), np.bool_)
         at = 0
         for message in copy:
             for start, stop in message.holes:
                 seen[at + start : at + stop] = False
             at += len(message.payload)
-        if not best:
-            best, known = payload, seen
-            continue
-        if len(payload) != len(best):
+        if content is None:
+            content, known = theirs, seen
+        elif len(theirs) != len(content) or (known & seen & (content != theirs)).any():
             return None
-        ours, theirs = np.frombuffer(best, np.uint8), np.frombuffer(payload, np.uint8)
-        if (known & seen & (ours != theirs)).any():
-            return None
-        fill = seen & ~known
-        if fill.any():
-            best = bytearray(np.where(fill, theirs, ours).tobytes())
-            known |= seen
-    return best, bool(known.all())
+        else:
+            content, known = np.where(known, content, theirs), known | seen
+    return bytearray(content) if content is not None and known.all() else None
 
 
-def parse_shapes(payload: bytes | bytearray, count: int) -> Shapes | None:
+def parse_shapes(payload: bytes | bytearray, count: int, most: int | None) -> Shapes | None:
     """int64: of each parameter its sizes, then its strides; nothing says where one ends.
 
-    A contiguous tensor's strides follow from its sizes, which in practice leaves one way to read them. Shapes that lie
-    otherwise in memory (channels last) are refused: their gradients would be in another order.
+    A contiguous tensor's strides follow from its sizes, which leaves few ways to read them. Shapes that lie otherwise
+    in memory (channels last) are refused: their gradients would be in another order.
+
+    Args:
+        count: of parameters.
+        most: elements that the state has: all parameters, and the buffers. None where it was not seen.
+
+    Returns: the one way that has all of the state's elements; else the one that has no more, and no tensor without
+        dimensions; None where that leaves none, or a choice. The first step's sums must confirm the number of elements.
     """
     if len(payload) % 8:
         return None
     numbers = np.frombuffer(payload, "<i8").tolist()
-    # ways[k]: of the first parameters that were read, (where they end -> their shapes), at most two for each end
-    ends: dict[int, list[Shapes]] = {0: [()]}
+    for least in (1, 0):  # dimensions
+        ways = _ways(numbers, count, least)
+        totals = [sum(map(math.prod, way)) for way in ways]
+        exact = [way for way, total in zip(ways, totals, strict=True) if total == most]
+        fitting = exact or [way for way, total in zip(ways, totals, strict=True) if most is None or total <= most]
+        if fitting:
+            return fitting[0] if len(fitting) == 1 and len(ways) < _MAX_WAYS else None
+    return None
+
+
+def _ways(numbers: list[int], count: int, least: int) -> list[Shapes]:
+    """Every way to read sizes and strides of so many tensors of `least` or more dimensions, up to a limit."""
+    ends: dict[int, list[Shapes]] = {0: [()]}  # of the tensors so far: where they end, and how they can be read
     for _ in range(count):
         following: dict[int, list[Shapes]] = {}
         for at, found in ends.items():
-            for dimensions in range(_MAX_DIMENSIONS + 1):
+            for dimensions in range(least, _MAX_DIMENSIONS + 1):
                 shape = tuple(numbers[at : at + dimensions])
                 strides = numbers[at + dimensions : at + 2 * dimensions]
                 if len(strides) == dimensions and min(shape, default=1) > 0 and strides == _strides(shape):
                     into = following.setdefault(at + 2 * dimensions, [])
                     into += [(*shapes, shape) for shapes in found]
-                    del into[2:]
+                    del into[_MAX_WAYS:]
         ends = following
-    ways = ends.get(len(numbers), [])
-    return ways[0] if len(ways) == 1 else None
+    return ends.get(len(numbers), [])
 
 
 def parse_layout(

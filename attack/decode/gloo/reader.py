@@ -13,6 +13,7 @@ import torch
 from attack.capture.streams import Bytes, Flow
 from attack.decode.gloo.framing import Event, GlooDecoder, Hello, Lost, Message, Resumed
 from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, parse_head
+from attack.decode.gloo.inversion import FLOAT32
 from attack.decode.gloo.job import Job, Step
 from attack.decode.gloo.network import Network
 from attack.decode.protocol import ProtocolReader
@@ -128,17 +129,19 @@ class GlooReader(ProtocolReader):
         assert plan is not None and plan.shapes is not None
         if not self._began:
             self._began = True
+            if self._job.format is not FLOAT32:
+                self.notes.add(f"gradients of two bytes, read as {self._job.format.name}: so they are spread")
             if plan.weights is not None:
                 initial = torch.from_numpy(plan.weights)
                 self._shadow = Shadow(weights=initial, step=step.step, shapes=plan.shapes, optimizer=self.optimizer)
             else:
                 self.notes.add("the initial weights were not seen whole: no step's weights are known")
         weights = self._shadow.weights(step.step) if self._shadow is not None else None
-        for rank, vector in enumerate(step.ranks):
+        for rank, vector in enumerate(step.seen.ranks):
             yield Observation(
                 rank=rank,
                 step=step.step,
-                world_size=len(step.ranks),
+                world_size=len(step.seen.ranks),
                 exchange=self.name,
                 gradient=torch.from_numpy(vector.values),
                 known=torch.from_numpy(vector.known),
@@ -146,9 +149,10 @@ class GlooReader(ProtocolReader):
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
+                defense=None if self._job.format is FLOAT32 else f"{self._job.format.name} on the wire",
             )
         if self._shadow is not None:
-            average = torch.from_numpy(step.average)
+            average = torch.from_numpy(step.seen.total)
             if plan.flat:
-                average.div_(len(step.ranks))  # as the exchange does it, after the sum
-            self._shadow.advance(step.step, average if step.average_known.all() else None)
+                average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
+            self._shadow.advance(step.step, average if step.seen.total_known.all() else None)

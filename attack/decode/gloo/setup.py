@@ -22,6 +22,8 @@ from attack.observation import Shapes
 
 MAX_PARAMETERS = 1 << 20
 """Tensors of a model."""
+_STATE_CUT_BYTES = 200 << 20
+"""torch ends a broadcast of state with the tensor that brings it to 250 MiB; a shorter one is the last."""
 
 
 class Collective(NamedTuple):
@@ -70,12 +72,15 @@ def _recognize_ddp(setup: Sequence[Collective], notes: Notes) -> Plan | None:
     count = int.from_bytes(number[:8], "little") if number is not None else 0
     if len(contents) != len(setup) - 1 or len(contents) < 2 or not 0 < count <= MAX_PARAMETERS:
         return None
-    shapes = parse_shapes(contents[0], count) if contents[0] is not None else None
+    # torch cuts the state at 250 MiB; what is behind it is of other types, then what the first step sends.
+    cut = next((at for at, part in enumerate(contents[1:], 1) if part is None or len(part) < _STATE_CUT_BYTES), 1)
+    known = [len(part) for part in contents[1 : cut + 1] if part is not None]
+    most = sum(known) // 4 if len(known) == cut else None
+    shapes = parse_shapes(contents[0], count, most) if contents[0] is not None else None
     if shapes is None:
         notes.add(f"DDP: the shapes of {count} parameters cannot be told from what was broadcast")
         return None
     plan = Plan(flat=False, shapes=shapes, weights=None, offsets=(0, *accumulate(map(math.prod, shapes))))
-    # torch cuts the state at 250 MiB; what is behind it is of other types, then what the first step sends.
     want, state, at = 4 * plan.offsets[-1], bytearray(), 1
     while at < len(contents) and len(state) < want and (part := contents[at]) is not None:
         state += part

@@ -92,13 +92,14 @@ class GlooDecoder:
                 view = view[taken:]
                 view = self._search(view)
             else:
-                want = HEAD_BYTES if self._greeted else HEAD_BYTES + HELLO_BYTES
+                greeting = HELLO_BYTES if not self._greeted and len(self._rest) >= HEAD_BYTES else 0
+                want = greeting + HEAD_BYTES
                 taken = min(want - len(self._rest), len(view))
                 self._rest += view[:taken]
                 self.offset += taken
                 view = view[taken:]
                 if len(self._rest) >= HEAD_BYTES:
-                    yield from self._begin(want)
+                    yield from self._begin()
 
     def gap(self, length: int) -> Iterator[Event]:
         """Takes a hole."""
@@ -129,12 +130,12 @@ class GlooDecoder:
                 yield from self._finish_message()
             self._head = None
 
-    def _begin(self, want: int) -> Iterator[Event]:
+    def _begin(self) -> Iterator[Event]:
         """What is in `rest` is a head, or the greeting and a head."""
         start = self.offset - len(self._rest)
         head = parse_head(self._rest)
         if head is None and not self._greeted:
-            if len(self._rest) < want:
+            if len(self._rest) < HELLO_BYTES + HEAD_BYTES:
                 return
             rank = int.from_bytes(self._rest[:HELLO_BYTES], "little")
             head = parse_head(self._rest, HELLO_BYTES)

@@ -41,6 +41,7 @@ CASES = (
     Case(world=3, options=("norm",)),
     Case(world=2, options=("unused",)),
     Case(world=2, options=("static",)),
+    Case(world=2, options=("half",)),
     Case(world=2, options=("standalone",), env=(("USE_LIBUV", "0"),)),
 )
 

@@ -1,6 +1,6 @@
 """A stock DistributedDataParallel script that knows nothing of this project, but leaves the truth behind.
 
-    torchrun --nproc-per-node 2 stock.py OUT [norm] [unused] [static]
+    torchrun --nproc-per-node 2 stock.py OUT [norm] [unused] [static] [half]
 
 OUT/step{S}.rank{R}.npz has the gradient that the rank computed without DDP, and the weights it was taken at.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS, LEARNING_RATE = 3, 0.1
@@ -33,6 +34,8 @@ def main(out: str, *options: str) -> None:
         static_graph="static" in options,
         bucket_cap_mb=0.0002 if "unused" in options else 25,
     )
+    if "half" in options:
+        ddp.register_comm_hook(None, fp16_compress_hook)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=LEARNING_RATE)
     Path(out).mkdir(parents=True, exist_ok=True)
     for step in range(STEPS):

@@ -241,7 +241,10 @@ class Job:
         return layout
 
     def _flat_layout(self, tag: int, *, end: bool) -> list[Bucket]:
-        """The project's own: buckets of 25 MiB and a smaller one. The next step must begin as this one did."""
+        """The project's own: buckets of 25 MiB and a smaller one.
+
+        The next step must begin as this one did; where there is none, all of the state must be parameters.
+        """
         assert self.plan is not None
         network, state, start = self._network, self.plan.weights, 0
         layout: list[Bucket] = []
@@ -256,9 +259,10 @@ class Job:
             layout.append((slice(start, start + total // 4),))
             start, tag = start + total // 4, tag + 1
         following = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
-        if following != totals[0] and (following is not None or network.newest >= tag or not network.whole_ring):
-            return []
         if state is None or start > state.size:
+            return []
+        only_step = following is None and network.newest < tag and start == state.size
+        if following != totals[0] and not only_step:
             return []
         self.plan.shapes, self.plan.offsets = ((start,),), (0, start)
         self.plan.weights, rest = state[:start], state[start:]

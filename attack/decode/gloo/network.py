@@ -172,12 +172,6 @@ class Network:
         return min((link.newest for link in self.ring().values() if not link.ended), default=_ALL_TAGS)
 
     @property
-    def whole_ring(self) -> bool:
-        """Whether all links of the ring were seen, and none has lost anything."""
-        links = self.ring()
-        return len(links) == self.world and not any(link.losses for link in links.values())
-
-    @property
     def newest(self) -> int:
         """Highest tag of a payload in the group."""
         return max((link.newest for link in self.members().values()), default=-1)

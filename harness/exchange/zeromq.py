@@ -136,6 +136,7 @@ class ZeroMQExchange(Exchange):
                 for server in self._servers:
                     self._send_next(server)
             self._run_until(lambda: self._landing.missing() is None)
+        self._gradient = np.empty(0, np.float32)  # the caller's memory is the caller's: not kept, nor freed later on
         return torch.from_numpy(self._result).to(gradient.device)
 
     def close(self) -> None:

@@ -20,9 +20,10 @@ VERSION = 1
 MAX_HEADER_BYTES = 4096
 """A header of ours is about 150 bytes; msgpack derives its own limits from the input's length, so this bounds them."""
 MAX_PAYLOAD_BYTES = 4 << 20
-"""Chunks are 0.25 to 1 MiB; a frame above this is refused before anything is allocated for it."""
+"""Chunks are 0.25 to 2 MiB; a frame above this is refused before anything is allocated for it."""
 MAX_ELEMENTS = 1 << 40
 MAX_RANKS = 1 << 16
+MAX_STEPS = 1 << 48
 SERVER_RANK = -1
 """`rank` of a message from a server process that is not itself a rank."""
 MAGIC = b"\xa7gradtap"
@@ -80,19 +81,18 @@ class Header:
 
     def __post_init__(self) -> None:
         """Raises: WireError, naming the field, what was wanted and what was got."""
-        if not isinstance(self.kind, Kind):
+        if type(self.kind) is not Kind:
             raise WireError(f"header field kind: wanted one of {', '.join(Kind)}, got {self.kind!r}")
-        if not isinstance(self.run, bytes) or len(self.run) != 8:
+        if type(self.run) is not bytes or len(self.run) != 8:
             raise WireError(f"header field run: wanted 8 bytes, got {self.run!r}")
-        for name, low, high in (
-            ("rank", SERVER_RANK, MAX_RANKS),
-            ("step", 0, 1 << 48),
-            ("at", 0, MAX_ELEMENTS),
-            ("count", 0, MAX_PAYLOAD_BYTES),
-            ("total", 0, MAX_ELEMENTS),
-            ("size", 0, MAX_PAYLOAD_BYTES),
+        for name, value, low, high in (
+            ("rank", self.rank, SERVER_RANK, MAX_RANKS),
+            ("step", self.step, 0, MAX_STEPS),
+            ("at", self.at, 0, MAX_ELEMENTS),
+            ("count", self.count, 0, MAX_PAYLOAD_BYTES),
+            ("total", self.total, 0, MAX_ELEMENTS),
+            ("size", self.size, 0, MAX_PAYLOAD_BYTES),
         ):
-            value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:  # bool is an int, and not wanted here
                 raise WireError(f"header field {name}: wanted an integer from {low} to {high}, got {value!r:.40}")
         if self.at + self.count > self.total:
@@ -101,10 +101,11 @@ class Header:
             raise WireError(f"header field dtype: wanted one of {', '.join(DTYPE_BYTES)}, got {self.dtype!r:.40}")
         if type(self.codec) is not str or len(self.codec) > 64:
             raise WireError(f"header field codec: wanted a short name, got {self.codec!r:.40}")
-        if type(self.params) is not dict or not all(type(key) is str for key in self.params):
-            raise WireError(f"header field params: wanted a map with text keys, got {self.params!r:.40}")
-        if not all(type(value) in (bool, int, float, str) for value in self.params.values()):
-            raise WireError(f"header field params: wanted plain numbers and texts, got {self.params!r:.80}")
+        if type(self.params) is not dict:
+            raise WireError(f"header field params: wanted a map, got {self.params!r:.40}")
+        for key, value in self.params.items():
+            if type(key) is not str or type(value) not in (bool, int, float, str):
+                raise WireError(f"header field params: wanted plain numbers and texts, got {self.params!r:.80}")
         if self.codec == "dense" and self.count and self.size != self.count * DTYPE_BYTES[self.dtype]:
             raise WireError(f"header: {self.count} dense {self.dtype} elements in {self.size} bytes")
 

@@ -13,7 +13,7 @@ from harness.errors import PeerError
 from harness.exchange.chunks import SMALL_CHUNK, WINDOW, Chunk, shard_chunks
 from harness.exchange.message import Message
 from harness.exchange.shard import Shard
-from harness.wire import Kind, WireError
+from harness.wire import MAX_PAYLOAD_BYTES, Kind, WireError
 from tests.harness.exchange.conversation import RUN, bye, chunk, hello, layout
 
 TOTAL = 2 * SMALL_CHUNK + 5
@@ -98,7 +98,7 @@ def test_shards_cover_the_vector_once(total, servers):
     chunks = [piece for index in range(servers) for piece in shard_chunks(total, index=index, servers=servers)]
     assert [piece.at for piece in chunks] == [0, *np.cumsum([piece.size for piece in chunks])][: len(chunks)]
     assert sum(piece.size for piece in chunks) == total
-    assert all(1 <= piece.size * 4 <= 1 << 20 for piece in chunks)
+    assert all(1 <= piece.size * 4 <= MAX_PAYLOAD_BYTES for piece in chunks)
 
 
 GRADIENT = chunk(Kind.GRADIENT, 1, np.zeros(SMALL_CHUNK), total=TOTAL)

@@ -17,7 +17,7 @@ from nodes.commands.lab import Lab
 from nodes.console import console
 from nodes.lab import CAPTURE_NAME
 
-EXCHANGES = {"zeromq": "ZeroMQ parameter server"}
+EXCHANGES = {"zeromq": "a ZeroMQ parameter server", "ddp": "stock DistributedDataParallel, a ring all-reduce"}
 """The exchanges that are shown, and what the report calls them."""
 
 
@@ -25,8 +25,8 @@ EXCHANGES = {"zeromq": "ZeroMQ parameter server"}
 class Demo(Command):
     """The whole story on real pictures: train, tap, decode, attack, evaluate, report.
 
-    Two workers train a LeNet on CIFAR pictures in a private network, one picture each a step. An eavesdropper records
-    their traffic and reads the pictures back out of it.
+    Two workers train a LeNet on CIFAR pictures in a private network, one picture each a step, first over a parameter
+    server, then over all-reduce. An eavesdropper records their traffic and reads the pictures back out of it.
     """
 
     out: Path = Path("demo")
@@ -47,7 +47,10 @@ class Demo(Command):
             chapters.append(chapter)
         report = write_report(chapters, self.out / "report")
         seconds = time.monotonic() - began
-        tables = [victims_table(found["victims"], title=EXCHANGES[found["exchange"]]) for found in recordings]
+        tables = [
+            victims_table(found["victims"], title=f"Read back from {EXCHANGES[found['exchange']]}")
+            for found in recordings
+        ]
         text = "\n".join([*tables, f"{seconds:.0f} seconds in all. The report, with the pictures:", str(report)])
         return Result(
             json={"report": str(report), "recordings": recordings, "seconds": seconds},
@@ -67,4 +70,4 @@ class Demo(Command):
         Attack(
             file=run / CAPTURE_NAME, model=train.model, optimizer=optimizer, out=run / "attack", seed=self.seed
         ).run()
-        return score(run, title=title)
+        return score(run, title=title[0].upper() + title[1:])

@@ -5,6 +5,7 @@
 OUT/step{S}.rank{R}.npz has the gradient that the rank computed without DDP, and the weights it was taken at.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def main(out: str, *options: str) -> None:
         nn.functional.cross_entropy(ddp(inputs), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
+    # A reducer that outlives its group's peers hangs or aborts in torch's destructors, now and then.
+    del ddp, optimizer
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -90,8 +90,7 @@ def run(config: WorkerConfig) -> None:
     with (
         connect(
             config.train.exchange,
-            rank=rank,
-            world_size=world_size,
+            device=trainer.device,
             servers=servers,
             deadline_s=config.train.deadline_s,
             host=config.host,

@@ -13,6 +13,8 @@ A `Meeting` is how ranks find each other: `Meeting.from_environment()` under tor
 
 from collections.abc import Sequence
 
+import torch
+
 from harness.exchange.allreduce import AllReduceExchange
 from harness.exchange.base import Exchange, Traffic
 from harness.exchange.ddp import DDPExchange
@@ -21,20 +23,11 @@ from harness.exchange.rendezvous import Meeting
 from harness.exchange.zeromq import ZeroMQExchange
 from harness.exchange.zeromq_server import ShardServer
 
-EXCHANGES: dict[str, type[Exchange]] = {
-    "local": LocalExchange,
-    "zeromq": ZeroMQExchange,
-    "allreduce": AllReduceExchange,
-    "ddp": DDPExchange,
-}
-"""Every exchange by its name. How one is made differs, as what each needs to find its peers does."""
-
 
 def connect(
     name: str,
     *,
-    rank: int,
-    world_size: int,
+    device: torch.device,
     servers: Sequence[str] = (),
     deadline_s: float = 30.0,
     host: str = "127.0.0.1",
@@ -42,6 +35,8 @@ def connect(
     """This rank's end of the exchange that `name` names, among the ranks that torchrun started.
 
     Args:
+        name: zeromq, allreduce or ddp.
+        device: where the gradients lie; `allreduce` and `ddp` take NCCL where that is a GPU.
         servers: endpoints of the parameter servers of `zeromq`, in order of their shards; none: the ranks serve.
         deadline_s: longest wait for a peer.
         host: the address of this rank by which the others reach it, where ranks serve.
@@ -50,17 +45,21 @@ def connect(
     """
     meeting = Meeting.from_environment(deadline_s=deadline_s)
     if name == "allreduce":
-        return AllReduceExchange(meeting)
+        return AllReduceExchange(meeting, device=device, deadline_s=deadline_s)
     if name == "ddp":
-        return DDPExchange(meeting)
+        return DDPExchange(meeting, device=device, deadline_s=deadline_s)
     if not servers:
         return ZeroMQExchange.among_ranks(meeting, host=host, deadline_s=deadline_s)
-    run = meeting.agree_on_run()
-    return ZeroMQExchange(rank=rank, world_size=world_size, run=run, endpoints=servers, deadline_s=deadline_s)
+    return ZeroMQExchange(
+        rank=meeting.rank,
+        world_size=meeting.world_size,
+        run=meeting.agree_on_run(),
+        endpoints=servers,
+        deadline_s=deadline_s,
+    )
 
 
 __all__ = [
-    "EXCHANGES",
     "AllReduceExchange",
     "DDPExchange",
     "Exchange",

@@ -20,6 +20,11 @@ class ProtocolReader(abc.ABC):
 
     name: ClassVar[str]
     """As `inspect` prints it."""
+    joins: ClassVar[bool] = False
+    """Whether it can prove a boundary in the middle of a stream: then it is offered those that lack their start,
+    and `recognizes` one once it has proven one."""
+    marks_start: ClassVar[bool] = True
+    """Whether a stream that `sniff` knows is then seen from its start, even where no SYN was."""
 
     def __init__(self, *, notes: Notes, directory: Directory, optimizer: str | None, run: bytes | None) -> None:
         """
@@ -42,6 +47,9 @@ class ProtocolReader(abc.ABC):
     @abc.abstractmethod
     def open(self, flow: Flow, *, from_start: bool) -> None:
         """A stream begins. Where not `from_start`, `sniff` was not asked: it may speak anything."""
+
+    def hint(self, flow: Flow, head: bytes) -> None:  # noqa: B027
+        """A stream that is seen from its start, and perhaps never opened, began with these few bytes so far."""
 
     @abc.abstractmethod
     def receive(self, flow: Flow, time: float, data: Bytes) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from attack.observation import Observation
 from attack.shadow import build_optimizer
 
 READERS: tuple[type[ProtocolReader], ...] = (ZeromqReader, TlsReader, TcpStoreReader, GlooReader)
-"""Asked in this order for each stream. A stream that is not seen from its start goes to the first, which can find its
-own messages in the middle of anything."""
+"""Asked in this order for each stream. One that is not seen from its start is read by all that can join it, until one
+has proven that it is its own."""
 
 SNIFF_BYTES = 64
 """No protocol needs more to be recognized."""
@@ -51,13 +51,14 @@ class _Stream:
     """Offset and length of holes, up to `MAX_GAPS` in a capture."""
     head: bytearray | None = dataclasses.field(default_factory=bytearray)
     """The first bytes, until it is clear what they are."""
-    reader: ProtocolReader | None = None
+    readers: list[ProtocolReader] = dataclasses.field(default_factory=list)
+    """Who reads it; several, until one recognizes it."""
     doubts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """What the reader must be told once there is one."""
 
     @property
     def protocol(self) -> str:
-        return self.reader.name if self.reader is not None and self.reader.recognizes(self.flow) else "unknown"
+        return next((reader.name for reader in self.readers if reader.recognizes(self.flow)), "unknown")
 
 
 class Recording:
@@ -120,7 +121,7 @@ class Desk:
         try:
             for event in self._events:
                 self._handle(event)
-                if (reader := self._streams[event.flow].reader) is not None:
+                for reader in self._streams[event.flow].readers:
                     yield from reader.observations()
         except CaptureError:
             yield from self._rest()
@@ -204,8 +205,16 @@ class Desk:
             payload = stream.head
             if not self._recognize(stream):
                 return
-        if stream.reader is not None:
-            stream.reader.receive(stream.flow, time, payload)
+        self._feed(stream, time, payload)
+
+    def _feed(self, stream: _Stream, time: float, payload: Bytes) -> None:
+        for reader in stream.readers:
+            reader.receive(stream.flow, time, payload)
+        if len(stream.readers) > 1 and any(reader.recognizes(stream.flow) for reader in stream.readers):
+            others = [reader for reader in stream.readers if not reader.recognizes(stream.flow)]
+            stream.readers = [reader for reader in stream.readers if reader not in others]
+            for reader in others:
+                reader.close(stream.flow)
 
     def _gap(self, stream: _Stream, time: float, offset: int, length: int) -> None:
         stream.last_time = time
@@ -215,40 +224,53 @@ class Desk:
         self._gap_bytes += length
         if stream.head is not None:
             head = stream.head
-            self._settle(stream, READERS[0], from_start=False)
-            if head and stream.reader is not None:
-                stream.reader.receive(stream.flow, time, head)
-        if stream.reader is not None:
-            stream.reader.gap(stream.flow, time, length)
+            self._join(stream)
+            if head:
+                self._feed(stream, time, head)
+        for reader in stream.readers:
+            reader.gap(stream.flow, time, length)
 
     def _doubt(self, stream: _Stream, start: int, stop: int) -> None:
         if stream.head is not None:
             stream.doubts.append((start, stop))
-        elif stream.reader is not None:
-            stream.reader.doubt(stream.flow, start, stop)
+            for reader in self._readers:
+                reader.hint(stream.flow, b"")
+        for reader in stream.readers:
+            reader.doubt(stream.flow, start, stop)
 
     def _close(self, stream: _Stream, time: float) -> None:
         stream.last_time = time
-        if stream.head is None and stream.reader is not None:
-            stream.reader.close(stream.flow)
+        for reader in stream.readers:
+            reader.close(stream.flow)
 
     def _recognize(self, stream: _Stream) -> bool:
         """Asks who speaks like this. False where more bytes must tell."""
         assert stream.head is not None
-        answers = {reader: reader.sniff(bytes(stream.head[:SNIFF_BYTES])) for reader in READERS}
+        head = bytes(stream.head[:SNIFF_BYTES])
+        asked = [reader for reader in READERS if stream.from_start or reader.marks_start]
+        answers = {reader: reader.sniff(head) for reader in asked}
         for reader, answer in answers.items():
             if answer:
-                self._settle(stream, reader, from_start=True)
+                self._settle(stream, (reader,), from_start=True)
                 return True
         if None in answers.values():
+            if stream.from_start and not stream.doubts:
+                for one in self._readers:
+                    one.hint(stream.flow, head)
             return False
-        self._settle(stream, None if stream.from_start else READERS[0], from_start=False)
+        if stream.from_start:
+            stream.head = None
+        else:
+            self._join(stream)
         return True
 
-    def _settle(self, stream: _Stream, reader: type[ProtocolReader] | None, *, from_start: bool) -> None:
+    def _join(self, stream: _Stream) -> None:
+        self._settle(stream, [reader for reader in READERS if reader.joins], from_start=False)
+
+    def _settle(self, stream: _Stream, readers: Sequence[type[ProtocolReader]], *, from_start: bool) -> None:
         stream.head = None
-        if reader is not None:
-            stream.reader = self._readers[READERS.index(reader)]
-            stream.reader.open(stream.flow, from_start=from_start)
+        stream.readers = [reader for reader in self._readers if type(reader) in readers]
+        for reader in stream.readers:
+            reader.open(stream.flow, from_start=from_start)
             for start, stop in stream.doubts:
-                stream.reader.doubt(stream.flow, start, stop)
+                reader.doubt(stream.flow, start, stop)

@@ -43,6 +43,7 @@ class ZeromqReader(ProtocolReader):
     """Every ZMTP connection; observations are of the first run, or of the one that was asked for."""
 
     name = "zmtp"
+    joins = True
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -72,12 +72,16 @@ class Job:
         self._open: Step | None = None
         self._done = 0  # buckets of the open step
         self._over = False
+        self._world: int | None = None
 
     def steps(self, *, end: bool = False) -> Iterator[Step]:
         """The steps that are over; at the end, what there is of the last one too."""
         if not (self._network.changed or end) or self._network.world is None:
             return
         self._network.changed = False
+        if self._world not in (None, self._network.world) and self._tag and not self._over:
+            self._refuse(f"wanted {self._world} ranks as before, got {self._network.world}")
+        self._world = self._network.world
         moved = True
         while moved and not self._over:
             before = self._tag, self.plan

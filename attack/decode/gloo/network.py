@@ -14,7 +14,7 @@ from attack.decode.directory import Directory
 from attack.decode.gloo.framing import Message
 from attack.decode.gloo.head import HEAD_BYTES, Kind
 
-_ALL_TAGS = (1 << 32) - 1
+ALL_TAGS = (1 << 32) - 1
 """No tag is higher."""
 
 
@@ -30,6 +30,8 @@ class Link:
     """One direction between two ranks."""
 
     flow: Flow
+    proven: bool = False
+    """Whether it has shown that it speaks Gloo."""
     losses: list[float] = dataclasses.field(default_factory=list)
     """Bytes of each stretch in which messages may have been missed."""
     lost: bool = False
@@ -53,6 +55,7 @@ class Network:
         self.changed = True
         self._directory = directory
         self._greetings: dict[Flow, int] = {}  # by the flow away from the side that connected
+        self._hints: dict[Flow, int] = {}  # what may be greetings, of connections that never said more, or lost it
         self._ranks: dict[Flow, tuple[int, int]] | None = None
         self._world: int | None = None
         self._version = -1
@@ -63,10 +66,19 @@ class Network:
         self.held_bytes = 0
         """Of payloads that wait."""
 
-    def open(self, flow: Flow) -> None:
+    def open(self, flow: Flow, *, proven: bool) -> None:
         """A direction begins."""
-        self.links[flow] = Link(flow=flow)
+        self.links[flow] = Link(flow=flow, proven=proven)
         self._ranks = None
+
+    def hint(self, flow: Flow, rank: int | None) -> None:
+        """All that the sender of this flow has said so far could be a greeting; None: it is none."""
+        if self._hints.get(flow) != rank:
+            self._ranks = None
+        if rank is None:
+            self._hints.pop(flow, None)
+        else:
+            self._hints[flow] = rank
 
     def greet(self, flow: Flow, rank: int) -> None:
         """The sender of this flow has connected, and says that this is its rank."""
@@ -84,7 +96,7 @@ class Network:
         link.newest = max(link.newest, tag)
         self.changed = True
         if tag <= self.taken:
-            return tag in self.passed_over or self.taken > _ALL_TAGS
+            return tag in self.passed_over or self.taken > ALL_TAGS
         self.held_bytes += len(message.payload)
         link.slots.setdefault((message.slot.kind, tag), []).append(Seen(message, epoch))
         return True
@@ -98,7 +110,9 @@ class Network:
     def resume(self, flow: Flow, skipped: float) -> None:
         """No message is missed any more; those that were, fit into so many bytes."""
         link = self.links[flow]
-        link.lost = False
+        if not link.proven:
+            self._ranks = None
+        link.proven, link.lost = True, False
         link.losses[-1] = skipped
 
     def doubt(self, flow: Flow, start: int, stop: int) -> None:
@@ -169,7 +183,7 @@ class Network:
     @property
     def oldest(self) -> int:
         """The highest tag that all links of the ring have come to; of those that ended, the rest."""
-        return min((link.newest for link in self.ring().values() if not link.ended), default=_ALL_TAGS)
+        return min((link.newest for link in self.ring().values() if not link.ended), default=ALL_TAGS)
 
     @property
     def newest(self) -> int:
@@ -181,39 +195,86 @@ class Network:
             return
         self._version = self._directory.version
         self._ranks, self._world = {}, None
-        ranks, world = self._by_directory() or self._by_greetings()
+        # A hole may have followed a greeting: then the flow proves itself later.
+        proven = {flow: rank for flow, rank in self._hints.items() if flow in self.links and self.links[flow].proven}
+        greetings = {**proven, **self._greetings}
+        ranks, world = self._by_directory(greetings) or self._by_greetings(greetings)
         self._world = world
-        for greeted, rank in self._greetings.items():
-            if (other := ranks.get(greeted.destination)) is not None and rank < (world or 0):
+        if world is None:
+            return
+        for greeted, rank in {**greetings, **self._by_elimination(ranks, world, greetings)}.items():
+            if (other := ranks.get(greeted.destination)) is not None and rank < world:
                 self._ranks[greeted] = (rank, other)
                 self._ranks[greeted.reverse] = (other, rank)
         self._ranks = {flow: pair for flow, pair in self._ranks.items() if flow in self.links}
 
-    def _by_directory(self) -> tuple[dict[str, int], int] | None:
+    def _by_directory(self, greetings: dict[Flow, int]) -> tuple[dict[str, int], int] | None:
         """The first group that a store names and of which a connection was seen."""
-        targets = {flow.destination for flow in self._greetings}
+        targets = {flow.destination for flow in greetings}
+        targets |= {end for flow, link in self.links.items() if link.proven for end in (flow.source, flow.destination)}
         for group in self._directory.groups():
             if group.world and targets & group.ranks.keys():
                 return dict(group.ranks), group.world
         return None
 
-    def _by_greetings(self) -> tuple[dict[str, int], int | None]:
+    def _by_elimination(self, ranks: dict[str, int], world: int, greetings: dict[Flow, int]) -> dict[Flow, int]:
+        """Each two ranks have one connection: so where all others have greeted a rank, or heard its greeting, and one
+        connection to it has lost its own, that is the rank that is left."""
+        everyone = {**self._hints, **greetings}
+        met: dict[int, set[int]] = {rank: {rank} for rank in range(world)}
+        for flow, rank in everyone.items():
+            if (other := ranks.get(flow.destination)) is not None and rank < world:
+                met[rank].add(other)
+                met[other].add(rank)
+        silent: dict[int, set[Flow]] = {}
+        for flow, link in self.links.items():
+            if link.proven and not {flow, flow.reverse} & greetings.keys():
+                for way in (flow, flow.reverse):
+                    if way.destination in ranks:
+                        silent.setdefault(ranks[way.destination], set()).add(way)
+        answer: dict[Flow, int] = {}
+        for rank, flows in silent.items():
+            left = set(range(world)) - met.get(rank, set(range(world)))
+            if len(flows) == len(left) == 1:
+                answer[flows.pop()] = left.pop()
+        return answer
+
+    def _by_greetings(self, greetings: dict[Flow, int]) -> tuple[dict[str, int], int | None]:
         """Of two ranks the one with the higher address connects. So where all pairs of P ranks did, the addresses that
-        were connected to heard P-1, P-2, ..., 1 greetings, each from all ranks but its own and those before it."""
-        heard: dict[str, set[int]] = {}
-        for flow, rank in self._greetings.items():
-            heard.setdefault(flow.destination, set()).add(rank)
-        order = sorted(heard.items(), key=lambda item: -len(item[1]))
-        world = len(order) + 1
-        left = set(range(world))
-        ranks: dict[str, int] = {}
-        for address, greetings in order:
-            own = left - greetings
-            if len(own) != 1 or not greetings < left or len(greetings) != len(left) - 1:
+        were connected to heard P-1, P-2, ..., 1 greetings, each from all ranks but its own and those before it.
+
+        Pairs that exchange nothing have greeted all the same. A connection without a greeting spoils the proof: there
+        may be others that were missed altogether.
+        """
+        for flow, link in self.links.items():
+            if link.proven and not {flow, flow.reverse} & greetings.keys():
                 return {}, None
-            ranks[address] = own.pop()
-            left.discard(ranks[address])
-        return ranks, world if order else None
+        listeners = {flow.destination for flow in greetings}
+        idle = {flow: rank for flow, rank in self._hints.items() if flow not in greetings}
+        at_listeners = {flow: rank for flow, rank in idle.items() if flow.destination in listeners}
+        for others in (idle, at_listeners):
+            ranks, world = _order({**others, **greetings}) if greetings else ({}, None)
+            if world is not None:
+                return ranks, world
+        return {}, None
+
+
+def _order(greetings: dict[Flow, int]) -> tuple[dict[str, int], int | None]:
+    """Rank by listening address, and the number of ranks, if these are the greetings of all pairs."""
+    heard: dict[str, set[int]] = {}
+    for flow, rank in greetings.items():
+        heard.setdefault(flow.destination, set()).add(rank)
+    order = sorted(heard.items(), key=lambda item: -len(item[1]))
+    world = len(order) + 1
+    left = set(range(world))
+    ranks: dict[str, int] = {}
+    for address, ours in order:
+        own = left - ours
+        if len(own) != 1 or not ours < left or len(ours) != len(left) - 1:
+            return {}, None
+        ranks[address] = own.pop()
+        left.discard(ranks[address])
+    return ranks, world if order else None
 
 
 def _doubted(message: Message, start: int, stop: int) -> Message:

@@ -15,22 +15,28 @@ from attack.decode.gloo.framing import Event, GlooDecoder, Hello, Lost, Message,
 from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, parse_head
 from attack.decode.gloo.inversion import FLOAT32
 from attack.decode.gloo.job import Job, Step
-from attack.decode.gloo.network import Network
+from attack.decode.gloo.network import ALL_TAGS, Network
 from attack.decode.protocol import ProtocolReader
 from attack.errors import DecodeError
 from attack.observation import Known, Observation, Shapes
 from attack.shadow import Shadow
+
+MAX_WAITING_BYTES = 256 << 20
+"""Payloads that are kept for as long as no rank is known: ranks say who they are before they send any."""
 
 
 class GlooReader(ProtocolReader):
     """Every connection between Gloo pairs; observations are of the first group of ranks."""
 
     name = "gloo"
+    joins = True
+    marks_start = False  # every message has a head, and what precedes one may look like a greeting
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._decoders: dict[Flow, GlooDecoder | None] = {}
         self._recognized: set[Flow] = set()
+        self._joined: set[Flow] = set()
         self._network = Network(self.directory)
         self._job = Job(self._network, self.notes)
         self._shadow: Shadow | None = None
@@ -50,11 +56,16 @@ class GlooReader(ProtocolReader):
     def open(self, flow: Flow, *, from_start: bool) -> None:
         """A stream begins."""
         self._decoders[flow] = GlooDecoder(flow, from_start=from_start)
-        self._network.open(flow)
+        self._network.open(flow, proven=from_start)
         if from_start:
             self._recognized.add(flow)
         else:
             self._network.lose(flow)
+
+    def hint(self, flow: Flow, head: bytes) -> None:
+        """A pair that is idle has greeted, and says no more."""
+        rank = int.from_bytes(head, "little") if len(head) == HELLO_BYTES else MAX_WORLD
+        self._network.hint(flow, rank if rank < MAX_WORLD else None)
 
     def receive(self, flow: Flow, time: float, data: Bytes) -> None:
         """Decodes the next bytes of a stream."""
@@ -86,8 +97,21 @@ class GlooReader(ProtocolReader):
         """Steps of which nothing more is to come."""
         for step in self._job.steps(end=end):
             yield from self._observe(step)
-        if end and self._recognized and self._network.world is None:
+        if self._network.world is None and self._network.held_bytes > MAX_WAITING_BYTES:
+            self._network.release(ALL_TAGS + 1)
+            self.notes.add(
+                f"Gloo: ranks still unknown after {MAX_WAITING_BYTES} bytes of payload: not waited for longer"
+            )
+        if end and self._recognized:
+            self._say_what_is_missing()
+
+    def _say_what_is_missing(self) -> None:
+        if self._joined:
+            self.notes.add(f"Gloo: {len(self._joined)} streams were joined in the middle")
+        if self._network.world is None:
             self.notes.add("Gloo: neither a rendezvous store nor the connections' greetings say which rank is which")
+        elif self._job.plan is None:
+            self.notes.add("Gloo: not seen how the job began, so its shapes are unknown: no gradient can be placed")
 
     @property
     def world_size(self) -> int | None:
@@ -116,6 +140,8 @@ class GlooReader(ProtocolReader):
                             self.notes.add(f"flow {flow}, byte {offset}: a hole in a head: framing lost")
                     case Resumed(offset=offset, skipped=skipped):
                         self._network.resume(flow, skipped if flow in self._recognized else float("inf"))
+                        if flow not in self._recognized:
+                            self._joined.add(flow)
                         self._recognized.add(flow)
                         self.notes.add(f"flow {flow}, byte {offset}: framing resumed after {skipped} bytes")
         except DecodeError as error:

@@ -22,6 +22,15 @@ from nodes.node import Node
 
 FOLDER = Path(__file__).parents[3] / "vectors" / "gloo"
 
+ONLY_IPV6 = """
+import os, socket, sys
+from pyroute2 import IPRoute
+with IPRoute() as network:
+    network.addr("del", index=socket.if_nametoindex("lo"), address="127.0.0.1", prefixlen=8)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Takes IPv4 from the private network that it runs in, and becomes the command that follows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -50,15 +59,17 @@ def record(case: Case, run: Path) -> Path:
     """Runs the stock script in a lab and returns its run folder."""
     run.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("stock.py")
-    standalone = ("--standalone",) if "standalone" in case.options else ()
-    node = Node(
-        name="command",
-        argv=(
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.world), *standalone),
-            *(str(script), str(run / "truth"), *case.options),
-        ),
-        env=environment(hosts=False) | dict(case.env),
-    )
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(case.world))
+    if "standalone" in case.options:
+        launcher = (*launcher, "--standalone")
+    env = environment(hosts=False) | dict(case.env)
+    argv = (sys.executable, *launcher, str(script), str(run / "truth"), *case.options)
+    if "ipv6" in case.options:
+        env |= {"GLOO_SOCKET_IFNAME": "lo"}
+        argv = (sys.executable, "-c", ONLY_IPV6, *argv[:3], "--master-addr", "::1", *argv[3:])
+    if "lazy" in case.options:
+        env |= {"TORCH_GLOO_LAZY_INIT": "1"}
+    node = Node(name="command", argv=argv, env=env)
     result = run_lab(LabConfig(nodes=(node,), run=run, ring_mib=32, deadline_s=120.0, echo=False))
     assert result.ok, (result.message, result.log_tail)
     assert result.dropped == 0

@@ -135,9 +135,25 @@ def cut(events: list[StreamEvent], start: float, stop: float) -> Iterator[Stream
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("case", [Case(world=3, options=("norm",))], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(world=3, options=("norm",)),
+        Case(world=4, options=("lazy",)),  # two ranks connect when they have something to say
+        Case(world=2, options=("ipv6",)),  # where no other address is left
+    ],
+    ids=lambda case: case.name,
+)
 def test_a_fresh_job_is_read(case: Case, tmp_path: Path) -> None:
     run = record(case, tmp_path / "run")
-    found, _ = observe(list(read_streams(run / "wire.pcapng")))
-    check(read_truth(run / "truth"), found)
-    assert len(found) == 9 and all(seen.complete and seen.weights is not None for seen in found)
+    events, truth = list(read_streams(run / "wire.pcapng")), read_truth(run / "truth")
+    found, desk = observe(events)
+    check(truth, found)
+    assert len(found) == 3 * case.world and all(seen.complete and seen.weights is not None for seen in found)
+    flows = {flow: stream.protocol for flow, stream in desk._streams.items()}
+    if "ipv6" in case.options:
+        assert all("[::1]:" in flow.source for flow in flows)
+    stores = {end for flow, name in flows.items() if name == "tcpstore" for end in (flow, flow.reverse)}
+    found, _ = observe([event for event in events if event.flow not in stores])
+    check(truth, found)
+    assert len(found) == 3 * case.world, "every pair has greeted, at the latest for the barrier: as good as the store"

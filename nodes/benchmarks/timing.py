@@ -34,6 +34,8 @@ class Case:
     ratio_quartiles: tuple[float, float]
     cpu_s: float
     """CPU seconds of all processes, mean of the repetitions."""
+    mb_per_cpu_s: float | None = None
+    """Megabytes (10**6) of its file that it handles in a CPU second; None where there is no file."""
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Case:
         baseline: tuple[str, Sequence[float]],
         setting: dict[str, int],
         cpu_s: float,
+        mb_per_cpu_s: float | None = None,
     ) -> Case:
         """Of the times of one case, and the baseline's in the same repetitions."""
         ratios = [mine / its for mine, its in zip(seconds, baseline[1], strict=True)]
@@ -58,6 +61,7 @@ class Case:
             ratio=statistics.median(ratios),
             ratio_quartiles=_quartiles(ratios),
             cpu_s=cpu_s,
+            mb_per_cpu_s=mb_per_cpu_s,
         )
 
 
@@ -74,6 +78,8 @@ def as_text(cases: Sequence[Case], *, title: str) -> str:
     table.add_column("case")
     for name in ("median ms", "quartiles ms", "fastest ms", "ratio", "quartiles", "CPU ms"):
         table.add_column(name, justify="right")
+    if any(case.mb_per_cpu_s is not None for case in cases):
+        table.add_column("MB / CPU s", justify="right")
     for case in cases:
         (low, high), (least, most) = case.quartiles_s, case.ratio_quartiles
         table.add_row(
@@ -85,6 +91,7 @@ def as_text(cases: Sequence[Case], *, title: str) -> str:
             f"{case.ratio:.2f}",
             f"{least:.2f} to {most:.2f}",
             f"{case.cpu_s * 1e3:.1f}",
+            *([] if case.mb_per_cpu_s is None else [f"{case.mb_per_cpu_s:.0f}"]),
         )
     page = io.StringIO()
     Console(file=page, width=120).print(table)

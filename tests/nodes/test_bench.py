@@ -29,6 +29,17 @@ def test_bench_exchange_runs_every_way_beside_its_baseline(capsys):
     assert [case["ratio"] for case in cases if case["name"] == BASELINE] == [1.0]
 
 
+def test_bench_decode_checks_and_times_both_protocols_beside_a_plain_read(capsys):
+    arguments = ["--numel", "30000", "--worlds", "2", "3", "--steps", "2", "--repetitions", "2"]
+    assert main(["bench", "decode", *arguments, "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    names = ["plain read, gloo", "decode, gloo", "plain read, zeromq", "decode, zeromq"]
+    assert [(case["setting"]["ranks"], case["name"]) for case in cases] == [(w, name) for w in (2, 3) for name in names]
+    for case in cases:
+        assert case["baseline"] == f"plain read, {case['name'].split()[-1]}"
+        assert case["ratio"] > 0 and case["mb_per_cpu_s"] > 0 and case["setting"]["file_bytes"] > 30000 * 4 * 2 * 2
+
+
 def test_ratios_are_paired():
     case = Case.of("new", [2.0, 20.0, 6.0], baseline=("old", [1.0, 10.0, 2.0]), setting={}, cpu_s=0.0)
     assert case.ratio == 2.0 and case.median_s == 6.0 and case.fastest_s == 2.0

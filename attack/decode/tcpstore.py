@@ -1,12 +1,15 @@
-"""torch's TCPStore, over which ranks find each other: what its clients say -> where each rank listens.
+"""torch's TCPStore, over which ranks find each other: what is stored and fetched there -> where each rank listens.
 
-Only the clients' requests are read, and of them only what Gloo's ranks store about themselves; other keys are passed
-over. Both of torch's servers, the one with libuv and the older one, take the same requests. Knows nothing of Gloo's own
-connections: it writes what it learns into a `Directory`.
+Of the clients' requests only what Gloo's ranks store about themselves counts; other keys are passed over. The rank on
+the store's own host is never heard to store anything where each rank has a host, and a tap at one host hears no other
+store either. But each rank fetches what all others stored: so the server's answers are read too, each beside the
+request that it answers. Both of torch's servers, the one with libuv and the older one, speak alike. Knows nothing of
+Gloo's own connections: it writes what it learns into a `Directory`.
 """
 
 from __future__ import annotations
 
+import collections
 import enum
 import ipaddress
 import re
@@ -70,6 +73,30 @@ _FIELDS: Final = {
 }
 """What follows: `s` a u64 length and so many bytes; a digit, so many bytes; `*` a u64 count, then the rest so often."""
 
+_ANSWERS: Final = {
+    Request.VALIDATE: "",
+    Request.SET: "",
+    Request.COMPARE_SET: "s",
+    Request.GET: "s",
+    Request.ADD: "8",
+    Request.CHECK: "1",
+    Request.WAIT: "1",
+    Request.GETNUMKEYS: "8",
+    Request.DELETE_KEY: "8",
+    Request.APPEND: "",
+    Request.MULTI_SET: "",
+    Request.PING: "4",
+}
+"""What the server answers, as in `_FIELDS`; to MULTI_GET, a string for each key. Of requests that are missing here
+nobody has checked the answer: what follows one is not read."""
+_MAX_PID: Final = 1 << 22
+"""Linux gives no higher number to a process. A client's first PING carries its own, and the server sends it back."""
+_MAX_CLIENTS: Final = 1 << 16
+_MAX_EARLY_BYTES: Final = 1 << 20
+"""Of answers whose requests were not captured yet: no more is kept."""
+_MAX_ASKED: Final = 1 << 12
+"""Requests whose answers were not captured yet: then only requests are read."""
+
 
 class _Client:
     """One client's requests, as far as they came."""
@@ -121,47 +148,154 @@ class _Client:
         return number
 
 
+class _Answers:
+    """The server's answers on one connection, each beside its request."""
+
+    def __init__(self) -> None:
+        self.asked: collections.deque[tuple[Request, list[bytes]]] = collections.deque()
+        self.rest = bytearray()
+        self.readable = True
+
+    def ask(self, request: Request, fields: list[bytes]) -> None:
+        """A request was made."""
+        if _ANSWERS.get(request) != "":
+            self.asked.append((request, fields))
+        if len(self.asked) > _MAX_ASKED:
+            self.stop()
+
+    def stop(self) -> None:
+        """Nothing more is read."""
+        self.readable = False
+        self.asked.clear()
+        self.rest.clear()
+
+    def settle(self) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values of requests that are answered whole. Raises: DecodeError."""
+        while self.asked:
+            request, fields = self.asked[0]
+            pattern = "s" * len(fields) if request is Request.MULTI_GET else _ANSWERS.get(request)
+            if pattern is None:
+                raise DecodeError(f"an answer to {request.name} is not read")
+            if (answer := self._take(pattern)) is None:
+                break
+            self.asked.popleft()
+            if request is Request.PING and answer != fields:
+                raise DecodeError("a PING came back with another number")
+            if request is Request.WAIT and answer != [b"\0"]:
+                raise DecodeError("a WAIT was cancelled")
+            if request in (Request.GET, Request.MULTI_GET):
+                yield from zip(fields, answer, strict=True)
+        if not self.asked and len(self.rest) > _MAX_EARLY_BYTES:
+            raise DecodeError("answers without requests")
+
+    def _take(self, pattern: str) -> list[bytes] | None:
+        """Fields from the front; None, and nothing taken, where they are not whole."""
+        at, fields = 0, []
+        for field in pattern:
+            size = int(field) if field != "s" else 8
+            if len(self.rest) < at + size:
+                return None
+            if field == "s":
+                at, size = at + 8, int.from_bytes(self.rest[at : at + 8], "little")
+                if size > _MAX_FIELD_BYTES:
+                    raise DecodeError(f"wanted at most {_MAX_FIELD_BYTES} bytes of a value, got {size}")
+                if len(self.rest) < at + size:
+                    return None
+            fields.append(bytes(self.rest[at : at + size]))
+            at += size
+        del self.rest[:at]
+        return fields
+
+
 class TcpStoreReader(ProtocolReader):
     """All TCPStore connections of a capture."""
 
     name = "tcpstore"
+    marks_start = False
+    """The middle of another stream could begin as a server's answers do."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self._heads: dict[Flow, bytearray] = {}
         self._clients: dict[Flow, _Client] = {}
+        self._answers: dict[Flow, _Answers] = {}  # by the client's flow
 
     @staticmethod
     def sniff(head: bytes) -> bool | None:
-        """VALIDATE and its magic number."""
-        if not _MAGIC.startswith(head[: len(_MAGIC)]):
+        """A client: VALIDATE and its magic number. The server: the number of a first PING, and how many clients it has
+        counted by their first ADD."""
+        if _MAGIC.startswith(head[: len(_MAGIC)]):
+            return True if len(head) >= len(_MAGIC) else None
+        if len(head) >= 4 and not 0 < int.from_bytes(head[:4], "little") < _MAX_PID:
             return False
-        return True if len(head) >= len(_MAGIC) else None
+        return 0 < int.from_bytes(head[4:12], "little") < _MAX_CLIENTS if len(head) >= 12 else None
 
     def open(self, flow: Flow, *, from_start: bool) -> None:
-        """A client's requests begin."""
-        self._clients[flow] = _Client(flow)
+        """A client's requests begin, or a server's answers: the first bytes say which."""
+        self._heads[flow] = bytearray()
 
     def receive(self, flow: Flow, time: float, data: Bytes) -> None:
-        """Reads requests; the rest of a stream that goes wrong is not read."""
-        if (client := self._clients.get(flow)) is None:
-            return
+        """Reads requests and answers; the rest of a stream that goes wrong is not read."""
+        if (head := self._heads.get(flow)) is not None:
+            head += data
+            if len(head) < len(_MAGIC):
+                return
+            data = self._heads.pop(flow)
+            if data.startswith(_MAGIC):
+                self._clients[flow] = _Client(flow)
+        if (client := self._clients.get(flow)) is not None:
+            self._ask(client, data)
+            self._settle(flow)
+        else:
+            answers = self._answers.setdefault(flow.reverse, _Answers())
+            if answers.readable:
+                answers.rest += data
+                self._settle(flow.reverse)
+
+    def gap(self, flow: Flow, time: float, length: int) -> None:
+        """Neither side has anything by which it could be found again."""
+        self._give_up(flow)
+        if self._clients.pop(flow, None) is not None:
+            self.notes.add(f"flow {flow}: a hole in a rendezvous store's requests; what follows it is not read")
+
+    def doubt(self, flow: Flow, start: int, stop: int) -> None:
+        """Answers are believed only where there is nothing to doubt."""
+        super().doubt(flow, start, stop)
+        self._give_up(flow)
+
+    def close(self, flow: Flow) -> None:
+        """Forgets a client, whose answers may still be on their way, or a server's answers."""
+        self._heads.pop(flow, None)
+        if self._clients.pop(flow, None) is None:
+            self._answers.pop(flow.reverse, None)
+
+    def _ask(self, client: _Client, data: Bytes) -> None:
+        answers = self._answers.setdefault(client.flow, _Answers())
         try:
             for kind, fields in client.receive(data):
                 if kind in (Request.SET, Request.MULTI_SET):
                     for key, value in zip(fields[::2], fields[1::2], strict=True):
                         self._learn(key, value)
+                if answers.readable:
+                    answers.ask(kind, fields)
         except DecodeError as error:
             self.notes.add(f"not read further: {error}")
-            del self._clients[flow]
+            self._give_up(client.flow)
+            del self._clients[client.flow]
 
-    def gap(self, flow: Flow, time: float, length: int) -> None:
-        """Requests have nothing by which they could be found again."""
-        if self._clients.pop(flow, None) is not None:
-            self.notes.add(f"flow {flow}: a hole in a rendezvous store's requests; what follows it is not read")
+    def _settle(self, flow: Flow) -> None:
+        """Learns from the answers to a client. What goes wrong there costs the answers only."""
+        answers = self._answers[flow]
+        try:
+            for key, value in answers.settle():
+                self._learn(key, value)
+        except DecodeError:
+            answers.stop()
 
-    def close(self, flow: Flow) -> None:
-        """Forgets the client."""
-        self._clients.pop(flow, None)
+    def _give_up(self, flow: Flow) -> None:
+        """Reads no more answers on a connection."""
+        for client in (flow, flow.reverse):
+            self._answers.setdefault(client, _Answers()).stop()
 
     def _learn(self, key: bytes, value: bytes) -> None:
         """`PREFIX//cpu//N/RANK` = u64 length, host | u64 136 | sockaddr_storage, i64 | i64 for each rank, or none."""

@@ -56,10 +56,71 @@ def test_addresses_of_ranks_are_read_in_any_pieces() -> None:
         assert notes == []
 
 
-def test_only_the_magic_number_is_taken_for_a_client() -> None:
+FETCHING = [
+    (HELLO, b""),
+    (b"\x0d" + (77).to_bytes(4, "little"), (77).to_bytes(4, "little")),
+    (b"\x04" + text(b"init/") + (1).to_bytes(8, "little"), (5).to_bytes(8, "little")),
+    (b"\x01" + text(b"mine") + text(b"value"), b""),
+    (b"\x06" + (1).to_bytes(8, "little") + text(b"/0//cpu//0/0"), b"\0"),
+    (
+        b"\x03" + text(b"/0//cpu//0/0"),
+        text(listens(port=4711, address=bytes([10, 0, 0, 7]), family=2, world=2)),
+    ),
+    (
+        b"\x0a" + (2).to_bytes(8, "little") + text(b"other") + text(b"/0//cpu//0/1"),
+        text(b"") + text(listens(port=80, address=bytes([10, 0, 0, 8]), family=2, world=2)),
+    ),
+]
+REQUESTED, ANSWERED = (b"".join(sides) for sides in zip(*FETCHING, strict=True))
+WHOLE = {"10.0.0.7:4711": 0, "10.0.0.8:80": 1}
+
+
+def hear(parts: list[tuple[Flow, bytes]], *, doubted: Flow | None = None) -> dict[str, int]:
+    """Ranks by address, from both sides of a connection in the order given."""
+    directory = Directory()
+    reader = TcpStoreReader(notes=Notes(), directory=directory, optimizer=None, run=None)
+    for flow in (FLOW, FLOW.reverse):
+        reader.open(flow, from_start=True)
+    if doubted is not None:
+        reader.doubt(doubted, 20, 21)
+    for flow, part in parts:
+        reader.receive(flow, 0.0, part)
+    reader.close(FLOW)
+    reader.close(FLOW.reverse)
+    return {address: rank for group in directory.groups() for address, rank in group.ranks.items()}
+
+
+def test_what_a_rank_fetches_is_read_from_the_answers_in_any_pieces_and_order() -> None:
+    draw = random.Random(0)
+    assert hear([(FLOW, REQUESTED), (FLOW.reverse, ANSWERED)]) == WHOLE
+    assert hear([(FLOW.reverse, ANSWERED), (FLOW, REQUESTED)]) == WHOLE
+    for size in (1, 7, 100):
+        parts = [(FLOW, REQUESTED[at : at + size]) for at in range(0, len(REQUESTED), size)]
+        answers = [(FLOW.reverse, ANSWERED[at : at + size]) for at in range(0, len(ANSWERED), size)]
+        mixed = []
+        while parts or answers:
+            mixed.append((parts if parts and (not answers or draw.random() < 0.5) else answers).pop(0))
+        assert hear(mixed) == WHOLE
+
+
+def test_answers_that_do_not_fit_their_requests_are_not_read() -> None:
+    assert hear([(FLOW, REQUESTED), (FLOW.reverse, b"\x4e" + ANSWERED[1:])]) == {}  # another number than the PING's
+    cancelled = ANSWERED.replace(b"\0" + ANSWERED[13:30], b"\1" + ANSWERED[13:30])
+    assert cancelled != ANSWERED and hear([(FLOW, REQUESTED), (FLOW.reverse, cancelled)]) == {}
+    for doubted in (FLOW, FLOW.reverse):
+        assert hear([(FLOW, REQUESTED), (FLOW.reverse, ANSWERED)], doubted=doubted) == {}
+    unread = b"\x0c" + REQUESTED[len(HELLO) + 5 :]  # CANCEL_WAIT: what follows could be anything
+    assert hear([(FLOW, REQUESTED[: len(HELLO) + 5] + unread), (FLOW.reverse, ANSWERED)]) == {}
+
+
+def test_both_sides_are_known_by_their_first_bytes() -> None:
     assert TcpStoreReader.sniff(HELLO) is True
     assert TcpStoreReader.sniff(HELLO[:3]) is None
-    assert TcpStoreReader.sniff(b"\0\0") is False
+    assert TcpStoreReader.sniff(HELLO[:3] + b"\0\0") is False
+    assert TcpStoreReader.sniff(ANSWERED) is True
+    assert TcpStoreReader.sniff(ANSWERED[:11]) is None
+    greeting_of_gloo = (3).to_bytes(8, "little") + (48).to_bytes(8, "little")
+    assert TcpStoreReader.sniff(greeting_of_gloo) is False
 
 
 def test_damage_is_a_note_and_nothing_else() -> None:

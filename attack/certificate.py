@@ -42,15 +42,28 @@ class Certificate:
     """Lower bound of the variance that the equations leave: where it is large, other inputs match as well."""
 
 
-def certify(target: Target, inputs: Tensor, labels: Tensor, belief: Belief | None, context: Context) -> Certificate:
+def certify(
+    target: Target,
+    inputs: Tensor,
+    labels: Tensor,
+    belief: Belief | None,
+    context: Context,
+    *,
+    variance: float | None = None,
+) -> Certificate:
     """The certificate of an answer.
 
     Args:
         inputs: float64, shape (batch, *input_shape).
         labels: int64, shape (batch,).
         belief: the method's own, where it has one.
+        variance: the method's own, of all elements together, where it has one.
     """
-    if belief is None and target.batch_size == 1:
+    if variance is not None:
+        # The draws that it comes from hold the observation's error alone: an answer that is further off is widened.
+        widened = variance * max(1.0, target.residual(inputs, labels) / target.expected_residual) ** 2
+        return Certificate(predicted_mse=SAFETY * (_rounding(inputs) + widened), left_open=variance)
+    if belief is None and len(inputs) == 1:
         try:
             links = trace(target.model, target.input_shape)
             check(links)
@@ -68,9 +81,13 @@ def _by_belief(target: Target, inputs: Tensor, labels: Tensor, belief: Belief) -
     draws from the belief do, the belief is too narrow, and is widened as much."""
     own = target.residual(belief.mean.view_as(inputs), labels)
     drawn = sum(target.residual(draw.view_as(inputs), labels) for draw in belief.samples[:DRAWS]) / DRAWS
-    rounding = float((inputs.float() - inputs).square().mean())  # an answer is kept as float32
     distance = float((inputs.flatten() - belief.mean).square().mean())
-    return rounding + belief.variance * max(1.0, own / drawn) ** 2 + distance
+    return _rounding(inputs) + belief.variance * max(1.0, own / drawn) ** 2 + distance
+
+
+def _rounding(inputs: Tensor) -> float:
+    """An answer is kept as float32."""
+    return float((inputs.float() - inputs).square().mean())
 
 
 def _by_conjugate_gradients(target: Target, inputs: Tensor, labels: Tensor, context: Context) -> Certificate:

@@ -82,7 +82,7 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "status": Status.NOT_CONVERGED,
         "route": answer.route,
-        "batch_size_assumed": target.batch_size_assumed,
+        "batch_size_assumed": target.batch_size_assumed and not answer.batch_size_read,
         "history": tuple(answer.film.history),
         "evaluations": answer.evaluations,
         "restarts": answer.restarts,
@@ -100,7 +100,7 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
             f"its gradient differs by {residual:.1e} of the observed one, at most {target.tolerance:.1e} is a match"
         )
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
-    certificate = certify(target, inputs, answer.labels, answer.belief, context)
+    certificate = certify(target, inputs, answer.labels, answer.belief, context, variance=answer.variance)
     fields["predicted_mse"] = certificate.predicted_mse
     low, high = target.input_range
     error = max(certificate.left_open, certificate.predicted_mse or 0.0)

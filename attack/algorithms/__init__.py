@@ -5,7 +5,8 @@ from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.dlg import dlg
 from attack.algorithms.idlg import idlg
 from attack.algorithms.rgap import rgap
+from attack.algorithms.unmix import unmix
 
-METHODS: dict[str, Method] = {"auto": auto, "rgap": rgap, "idlg": idlg, "dlg": dlg}
+METHODS: dict[str, Method] = {"auto": auto, "rgap": rgap, "unmix": unmix, "idlg": idlg, "dlg": dlg}
 
 __all__ = ["METHODS", "Answer", "Method", "Reconstruction", "Status"]

@@ -1,5 +1,7 @@
 """The strongest method for what was observed: the closed form where the model is a chain, else a search.
 
+A batch size that was not told is read from the last layer's gradient, where that has a clear rank.
+
 Goes on to the next method when one does not converge, and says why it took each.
 """
 
@@ -11,24 +13,30 @@ from attack.algorithms.base import Answer, Method
 from attack.algorithms.dlg import dlg
 from attack.algorithms.idlg import idlg
 from attack.algorithms.rgap import rgap
+from attack.algorithms.unmix import unmix
 from attack.engine.context import Context
+from attack.engine.features import NoFeatures, count_examples
 from attack.engine.target import Target
 
 
 def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
     plan: list[tuple[str, Method, str]] = []
-    if target.batch_size == 1:
+    examples, source = _batch_size(target)
+    if examples == 1:
         plan.append(("rgap", rgap, "one example: walk back in closed form"))
-    if target.batch_size == 1 or target.labels is not None:
+    if examples > 1:
+        plan.append(("unmix", unmix, f"{examples} examples{source}: taken apart layer by layer"))
+    if examples == 1 or target.labels is not None:
         plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
     plan.append(("dlg", dlg, "search inputs and labels together"))
+    counted = dataclasses.replace(target, batch_size=examples)
 
     best, least, route = None, float("inf"), []
     for name, method, why in plan:
         if best is not None and not context.seconds_left:
             break
-        answer = dataclasses.replace(method(target, context), method=name)
+        answer = dataclasses.replace(method(counted, context), method=name)
         route.append(f"{name} ({why})")
         residual = float("inf")
         if answer.inputs is not None and answer.labels is not None:
@@ -39,4 +47,16 @@ def auto(target: Target, context: Context) -> Answer:
             break
         route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
     assert best is not None
-    return dataclasses.replace(best, route="; then ".join(route))
+    return dataclasses.replace(best, route="; then ".join(route), batch_size_read=bool(source))
+
+
+def _batch_size(target: Target) -> tuple[int, str]:
+    """The batch size to go by, and where it is from if it is neither told nor a guess."""
+    if target.batch_size_assumed:
+        try:
+            examples = count_examples(target)
+        except NoFeatures:
+            return target.batch_size, ""
+        if examples > 1:
+            return examples, " by the rank of the last layer's gradient"
+    return target.batch_size, ""

@@ -43,6 +43,10 @@ class Answer:
     film: Film = dataclasses.field(default_factory=Film)
     belief: Belief | None = None
     """How well the equations determine `inputs`, where the method knows."""
+    variance: float | None = None
+    """Mean square by which the observation's own error moves `inputs`, where the method solved for that."""
+    batch_size_read: bool = False
+    """Whether the batch size was not told, but read from the gradient."""
     evaluations: int = 0
     """Gradients of the model computed."""
     restarts: int = 0

@@ -22,6 +22,7 @@ MAX_EXAMPLES = 16
 METHOD_NAMES = {
     "auto": "No method was started",
     "rgap": "R-GAP (Zhu & Blaschko 2021): solved in closed form, layer by layer",
+    "unmix": "Unmixing: a batch taken apart layer by layer, from the features that the last layer gives away",
     "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",
     "idlg": "iDLG (Zhao et al. 2020): label read, input searched",
 }

@@ -115,8 +115,8 @@ def read_features(target: Target, context: Context) -> Features:
         if chosen is not None:
             return _features(split, *chosen)
     raise NoFeatures(
-        f"the last layer's gradient is that of {split.batch} examples, but {found.count} solutions with equal shares "
-        "were found"
+        f"the last layer's gradient has the rank of {split.batch} examples, but of {found.count} solutions found no "
+        f"{split.batch} make it up with equal shares"
     )
 
 

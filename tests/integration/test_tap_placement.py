@@ -14,7 +14,7 @@ from tests.integration.test_audit import gradtap, pictures, pytestmark  # noqa: 
 RANKS = 3
 
 
-def test_a_tap_at_one_host_knows_that_rank_and_a_share_of_its_neighbours(tmp_path: Path) -> None:
+def test_a_tap_at_one_host_knows_that_rank_and_a_share_of_its_neighbors(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", RANKS)
     script = (PROJECT / "examples/ddp_train.py", *pictures(2 * RANKS))
     gradtap("lab", "--out", tmp_path / "run", "--hosts", "--tap", "rank:1", "--", *torchrun, *script)

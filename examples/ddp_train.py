@@ -66,6 +66,9 @@ def main() -> None:
             if rank == 0:
                 print(f"epoch {epoch} step {step}: loss {loss.item():.4f}")
             step += 1
+    # Let go of DDP, then leave together: a process group that outlives its peers can abort in torch's destructors.
+    del model, loss, optimizer
+    dist.barrier()
     dist.destroy_process_group()
 
 

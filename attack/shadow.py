@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attack.errors import AttackError
 from attack.observation import Shapes
-from harness.models import load_optimizer
+from harness.models import UpdateRule, load_optimizer
 
 
 class Shadow:
@@ -22,8 +22,9 @@ class Shadow:
 
     The number of threads (a worker of torchrun has one, this process may have more), and whether the parameters are
     one flat tensor or of the model's shapes, changed no bit of SGD, Adam or AdamW when it was tried (torch 2.13 on CPU,
-    one million elements): these rules work element by element. So the process-wide number of threads is left alone;
-    the shapes are the model's all the same, for rules to come that look at a tensor as a whole.
+    one million elements): these rules work element by element, and the process-wide number of threads is left alone.
+    Clipping by norm sums over whole tensors, in an order that depends on the number of threads: there it takes one, as
+    torchrun gives a worker.
     """
 
     def __init__(self, *, weights: Tensor, step: int, shapes: Shapes, optimizer: str | None) -> None:
@@ -40,7 +41,7 @@ class Shadow:
         sizes = [math.prod(shape) for shape in shapes]
         parts = weights.split(sizes)
         self._parameters = [nn.Parameter(part.clone().view(shape)) for part, shape in zip(parts, shapes, strict=True)]
-        self._optimizer = None if optimizer is None else build_optimizer(optimizer, self._parameters)
+        self._rule = None if optimizer is None else build_rule(optimizer, self._parameters)
         self._known = True
 
     def weights(self, step: int) -> Tensor | None:
@@ -50,21 +51,30 @@ class Shadow:
         return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
 
     def advance(self, step: int, average: Tensor | None) -> None:
-        """Takes the step that every rank takes with this average: float32, shape (parameters,), None if not known."""
+        """Takes the step that every rank takes with this average: float32, shape (parameters,), None if not known.
+
+        Where gradients are clipped, the average is overwritten.
+        """
         if step < self._step:
             return
-        self._known = self._known and step == self._step and average is not None and self._optimizer is not None
+        self._known = self._known and step == self._step and average is not None and self._rule is not None
         self._step = step + 1
-        if not self._known or average is None or self._optimizer is None:
+        if not self._known or average is None or self._rule is None:
             return
         at = 0
         for parameter in self._parameters:
             parameter.grad = average[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
-        self._optimizer.step()
+        threads = torch.get_num_threads()
+        if not self._rule.elementwise:
+            torch.set_num_threads(1)
+        try:
+            self._rule.step()
+        finally:
+            torch.set_num_threads(threads)
 
 
-def build_optimizer(spec: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def build_rule(spec: str, parameters: list[nn.Parameter]) -> UpdateRule:
     """`load_optimizer`, in this side's error class. Raises: AttackError."""
     try:
         return load_optimizer(spec, parameters)

@@ -5,7 +5,8 @@
         optimizer.{parameter}.{name}   tensors of the optimizer's state, by index of the parameter
         metadata["gradtap"]            JSON: step, and the options that must be the same to go on
 
-Random draws need no state: each is derived from (seed, purpose, step). Written by rank 0, whole or not at all.
+Random draws need no state: each is derived from (seed, purpose, step); nor do schedules, which the step fixes. Written
+by rank 0, whole or not at all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from harness.config import TrainConfig
 from harness.errors import CheckpointError
+from harness.models import UpdateRule
 from harness.tensors import save_tensors
 
 FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "device"}
@@ -28,14 +30,12 @@ FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "devi
 
 
 def save_checkpoint(
-    run: Path, *, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int
+    run: Path, *, step: int, model: nn.Module, rule: UpdateRule, config: TrainConfig, world_size: int
 ) -> Path:
     """Writes the state after `step` steps, and returns the file."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value
+    for index, state in rule.state_tensors().items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
     file = run / "checkpoints" / f"step{step}.safetensors"
     identity = json.dumps({"step": step, "options": _identity(config, world_size)})
     save_tensors(tensors, file, metadata={"gradtap": identity})
@@ -54,10 +54,8 @@ def last_checkpoint(run: Path) -> Path:
     return found[max(found)]
 
 
-def load_checkpoint(
-    file: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, world_size: int
-) -> int:
-    """Puts a saved state into `model` and `optimizer`, and returns the number of steps that it has behind it.
+def load_checkpoint(file: Path, *, model: nn.Module, rule: UpdateRule, config: TrainConfig, world_size: int) -> int:
+    """Puts a saved state into `model` and `rule`, and returns the number of steps that it has behind it.
 
     Raises: CheckpointError, naming the file, and the option that is not the same or what is damaged.
     """
@@ -85,7 +83,7 @@ def load_checkpoint(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{file}: does not fit the model: {error}") from error
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    rule.resume(state, steps_done=int(identity["step"]))
     return int(identity["step"])
 
 

@@ -30,7 +30,8 @@ class TrainConfig:
     steps: int = 3
     """Steps to train."""
     optimizer: str = "sgd:lr=0.1"
-    """Update rule: sgd, adam or adamw with torch's options, e.g. sgd:lr=0.1,momentum=0.9,weight_decay=0.0001."""
+    """Update rule: an optimizer with torch's options, with clipping before and schedules behind it where there are any,
+    e.g. sgd:lr=0.1,momentum=0.9 or clip:norm=1+adamw:lr=0.001+cosine:T_max=100."""
     loss: str = "cross_entropy"
     """Loss, mean over the batch."""
     exchange: str = "zeromq"

@@ -36,7 +36,7 @@ def resolve_model(spec: str, data: Dataset) -> str:
 
 
 class Trainer:
-    """A rank's model, optimizer and place in the run."""
+    """A rank's model, update rule and place in the run."""
 
     def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
         """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError."""
@@ -51,7 +51,7 @@ class Trainer:
         self.model: nn.Module = load_model(config.model).to(self.device).train()
         self._check_fit()
         try:
-            self.optimizer = load_optimizer(config.optimizer, self.model.parameters())
+            self.rule = load_optimizer(config.optimizer, self.model.parameters())
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.steps_done = 0
@@ -61,7 +61,7 @@ class Trainer:
         self.steps_done = load_checkpoint(
             last_checkpoint(run),
             model=self.model,
-            optimizer=self.optimizer,
+            rule=self.rule,
             config=self.config,
             world_size=self.world_size,
         )
@@ -98,7 +98,7 @@ class Trainer:
             run,
             step=self.steps_done,
             model=self.model,
-            optimizer=self.optimizer,
+            rule=self.rule,
             config=self.config,
             world_size=self.world_size,
         )
@@ -134,9 +134,9 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.grad = average[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
-        self.optimizer.step()
+        self.rule.step()
         # The exchange owns the average's memory and may write the next one there.
-        self.optimizer.zero_grad(set_to_none=True)
+        self.rule.zero_grad()
 
     def _batch(self, step: int) -> Batch:
         batch = batch_at(

@@ -26,7 +26,7 @@ from attack.decode.tls import TlsReader
 from attack.decode.zeromq import ZeromqReader
 from attack.errors import AttackError, CaptureError
 from attack.observation import Observation
-from attack.shadow import build_optimizer
+from attack.shadow import build_rule
 
 READERS: tuple[type[ProtocolReader], ...] = (ZeromqReader, TlsReader, TcpStoreReader, GlooReader)
 """Asked in this order for each stream. One that is not seen from its start is read by all that can join it, until one
@@ -76,7 +76,7 @@ class Recording:
         self.path = path
         self._optimizer = optimizer
         if optimizer is not None:
-            build_optimizer(optimizer, [nn.Parameter(torch.zeros(1))])  # a typing error should not wait for the file
+            build_rule(optimizer, [nn.Parameter(torch.zeros(1))])  # a typing error should not wait for the file
         try:
             self._run = None if run is None else bytes.fromhex(run)
         except ValueError:

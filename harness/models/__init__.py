@@ -7,6 +7,6 @@ A model is named by a built-in name with options (`lenet:input=1x28x28,classes=1
 
 from harness.models.loading import MODELS, ModelError, load_model
 from harness.models.losses import LOSSES
-from harness.models.optimizers import OPTIMIZERS, load_optimizer
+from harness.models.optimizers import OPTIMIZERS, UpdateRule, load_optimizer
 
-__all__ = ["LOSSES", "MODELS", "OPTIMIZERS", "ModelError", "load_model", "load_optimizer"]
+__all__ = ["LOSSES", "MODELS", "OPTIMIZERS", "ModelError", "UpdateRule", "load_model", "load_optimizer"]

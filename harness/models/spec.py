@@ -1,6 +1,7 @@
 """One small grammar for everything that a person names on a command line: `name` or `name:key=value,key=value`.
 
-Values are read as an integer, a number, a shape such as 1x28x28, true or false, else as text.
+Values are read as an integer, a number, a shape such as 1x28x28, several numbers such as 0.9/0.999, true or false, else
+as text.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
@@ -36,9 +39,11 @@ def choose(kind: str, text: str, choices: Mapping[str, Any]) -> tuple[Any, dict[
 def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for pattern, kind in ((r"[+-]?\d+", int), (r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", float)):
+    for pattern, kind in ((r"[+-]?\d+", int), (_NUMBER, float)):
         if re.fullmatch(pattern, text):
             return kind(text)
+    if re.fullmatch(rf"{_NUMBER}(/{_NUMBER})+", text):
+        return tuple(_value(number) for number in text.split("/"))
     if re.fullmatch(r"\d+(x\d+)+", text):
         return tuple(int(size) for size in text.split("x"))
     return text

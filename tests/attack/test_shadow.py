@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from attack.decode.recording import Recording
 from attack.errors import AttackError
 from attack.shadow import Shadow
 from harness.models import load_model, load_optimizer
+from nodes.commands.lab import environment
+from nodes.lab import LabConfig, run_lab
+from nodes.node import Node
+from tests.attack.stock_rules import STEPS, STOCK
 
 RULES = [
     "sgd:lr=0.1",
@@ -18,6 +26,7 @@ RULES = [
     "sgd:lr=0.05,momentum=0.9,weight_decay=0.0005,nesterov=true",
     "adam:lr=0.001",
     "adamw:lr=0.001,weight_decay=0.01",
+    "clip:norm=0.1+sgd:lr=0.1,momentum=0.9+cosine:T_max=9",
 ]
 
 
@@ -54,7 +63,8 @@ def test_equal_to_a_worker_to_the_bit(rule: str, wide: bool, threads: int) -> No
         torch.set_num_threads(1)
         at = 0
         for parameter in parameters:
-            parameter.grad, at = average[at : at + parameter.numel()].view_as(parameter), at + parameter.numel()
+            own = average[at : at + parameter.numel()].view_as(parameter).clone()
+            parameter.grad, at = own, at + parameter.numel()
         optimizer.step()
         torch.set_num_threads(threads)
         shadow.advance(step, average.clone())
@@ -90,3 +100,26 @@ def test_without_a_declared_optimizer_only_the_first_weights_are_known() -> None
 def test_a_wrong_specification_is_one_line() -> None:
     with pytest.raises(AttackError, match="the learning rate is missing"):
         Shadow(weights=torch.ones(1), step=0, shapes=((1,),), optimizer="sgd")
+
+
+@pytest.mark.lab
+def test_a_recorded_job_is_followed_to_the_bit_whatever_its_script_does_to_its_weights(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("stock_rules.py")
+    argv = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path / "truth"),
+    )
+    node = Node(name="command", argv=argv, env=environment(hosts=False))
+    run_lab(LabConfig(nodes=(node,), run=tmp_path, ring_mib=32, deadline_s=120.0, echo=False))
+    truth = [np.load(tmp_path / "truth" / f"step{step}.npz") for step in range(STEPS)]
+    for rule in STOCK:
+        observations = list(Recording(tmp_path / "wire.pcapng", optimizer=rule).observations())
+        assert [(seen.step, seen.rank) for seen in observations] == [(s, r) for s in range(STEPS) for r in range(2)]
+        for seen in observations:
+            assert seen.weights is not None
+            assert np.array_equal(seen.weights.numpy(), truth[seen.step][rule]), f"{rule}: step {seen.step}"

@@ -28,7 +28,12 @@ def trained(config: TrainConfig, run: Path | None = None, *, resume: bool = Fals
 
 SMALL = TrainConfig(batch_size=2, steps=6, tensorboard=False, truth=False)
 
-OPTIMIZERS = ["sgd:lr=0.1", "sgd:lr=0.1,momentum=0.9,weight_decay=0.01,nesterov=true", "adam:lr=0.01", "adamw:lr=0.01"]
+OPTIMIZERS = [
+    "sgd:lr=0.1+cosine:T_max=5",
+    "sgd:lr=0.1,momentum=0.9,weight_decay=0.01,nesterov=true",
+    "adam:lr=0.01",
+    "adamw:lr=0.01",
+]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

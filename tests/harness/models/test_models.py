@@ -63,7 +63,7 @@ def test_wrong_names_say_what_there_is() -> None:
     with pytest.raises(ModelError, match="unexpected keyword"):
         load_model("lenet:clases=10")
     with pytest.raises(ValueError, match="sgd, adam, adamw"):
-        load_optimizer("rmsprop:lr=1", [])
+        load_optimizer("lion:lr=1", [])
     with pytest.raises(ValueError, match="learning rate is missing"):
         load_optimizer("sgd", [nn.Parameter(torch.zeros(1))])
     with pytest.raises(ValueError, match="momentun"):
@@ -78,3 +78,35 @@ def test_the_grammar_of_names() -> None:
     assert parse_spec("lenet:input=1x28x28,classes=10") == ("lenet", {"input": (1, 28, 28), "classes": 10})
     assert parse_spec("mnist:path=/a/b=c") == ("mnist", {"path": "/a/b=c"})
     assert parse_spec("lenet") == ("lenet", {})
+
+
+def test_update_rules_are_chains() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    rule = load_optimizer("clip:value=0.5+sgd:lr=1e+0+multistep:milestones=2,gamma=0.1,every=2", [weight])
+    steps = []
+    for _ in range(6):
+        before = weight.detach().clone()
+        weight.grad = torch.full((1,), 4.0)
+        rule.step()
+        steps.append(round(float(before - weight.detach()), 6))
+    assert steps == [0.5, 0.5, 0.5, 0.5, 0.05, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("rule", "wrong"),
+    [
+        ("sgd:lr=1+adam:lr=1", "wanted one optimizer"),
+        ("clip:norm=1", "wanted one optimizer"),
+        ("clip:1+sgd:lr=1", "not key=value"),
+        ("clip:nrom=1+sgd:lr=1", "wanted clip:norm=1 or clip:value=0.5"),
+        ("sgd:lr=1+cosine", "T_max"),
+        ("sgd:lr=1+linear:until=2", "all but the last need until"),
+        ("sgd:lr=1+step:step_size=1,every=0", "every: wanted a number of steps, got 0"),
+        ("sgd:lr=-1", "Invalid learning rate"),
+        ("adamw:lr=1,decay=some", "decay: wanted all or matrices"),
+    ],
+)
+def test_an_update_rule_that_cannot_be_is_one_line(rule: str, wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong) as error:
+        load_optimizer(rule, [nn.Parameter(torch.zeros(2, 2))])
+    assert "\n" not in str(error.value)

@@ -4,9 +4,17 @@ from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.dlg import dlg
 from attack.algorithms.idlg import idlg
+from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 
-METHODS: dict[str, Method] = {"auto": auto, "rgap": rgap, "unmix": unmix, "idlg": idlg, "dlg": dlg}
+METHODS: dict[str, Method] = {
+    "auto": auto,
+    "rgap": rgap,
+    "unmix": unmix,
+    "idlg": idlg,
+    "dlg": dlg,
+    "inverting-gradients": inverting_gradients,
+}
 
 __all__ = ["METHODS", "Answer", "Method", "Reconstruction", "Status"]

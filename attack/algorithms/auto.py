@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import nn
+
 from attack.algorithms.base import Answer, Method
 from attack.algorithms.dlg import dlg
 from attack.algorithms.idlg import idlg
+from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 from attack.engine.context import Context
 from attack.engine.features import NoFeatures, count_examples
 from attack.engine.target import Target
+
+KINKED = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
+"""Layers at whose kinks the gradient jumps: an L-BFGS search from afar sticks there."""
 
 
 def auto(target: Target, context: Context) -> Answer:
@@ -28,6 +34,14 @@ def auto(target: Target, context: Context) -> Answer:
     if examples > 1:
         plan.append(("unmix", unmix, f"{examples} examples{source}: taken apart layer by layer"))
     if examples == 1 or target.labels is not None:
+        if any(isinstance(module, KINKED) for module in target.model.modules()):
+            plan.append(
+                (
+                    "inverting-gradients",
+                    inverting_gradients,
+                    "the gradient has kinks: match its direction, with a prior",
+                )
+            )
         plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
     plan.append(("dlg", dlg, "search inputs and labels together"))
     counted = dataclasses.replace(target, batch_size=examples)

@@ -20,7 +20,7 @@ from attack.engine.target import Target
 OUTER_STEPS = 300
 """As in the released code of Deep Leakage from Gradients; each is up to 20 iterations of L-BFGS."""
 PATIENCE = 30
-"""Outer steps within which the residual must fall by a tenth, or the search counts as stuck."""
+"""Outer steps."""
 DIVERGED = 1e3
 """Relative residual above which a search is given up; a random start has about 1."""
 RESTARTS = 4
@@ -49,12 +49,16 @@ def search(
     method: str,
     start: Callable[[], list[Tensor]],
     mismatch: Callable[[list[Tensor]], Tensor],
+    restarts: int = RESTARTS,
+    patience: int = PATIENCE,
 ) -> Found:
     """Minimizes ||mismatch(variables)||^2 from `start()`, again from a new start where that got stuck or diverged.
 
     Args:
         start: draws fresh variables, float64; the first of them is the batch of inputs, of which frames are kept.
         mismatch: the differentiable difference from the observed gradient.
+        restarts: at most so many.
+        patience: outer steps within which the residual must fall by a tenth, or the search counts as stuck.
 
     Everything runs in float64: on a CPU it costs the same as float32 here (4 ms an evaluation of the LeNet), and
     float32 stalls at a residual of 1e-5 to 5e-5.
@@ -62,7 +66,7 @@ def search(
     goal = target.tolerance / 3
     best: Found | None = None
     evaluations = 0
-    for restart in range(RESTARTS + 1):
+    for restart in range(restarts + 1):
         film = Film()
         variables = [variable.requires_grad_() for variable in start()]
         optimizer = torch.optim.LBFGS(
@@ -93,7 +97,7 @@ def search(
             context.progress(
                 Progress(method=method, evaluations=evaluations, residual=least, seconds_left=context.seconds_left)
             )
-            past = film.history[-1 - PATIENCE][1] if step >= PATIENCE else math.inf
+            past = film.history[-1 - patience][1] if step >= patience else math.inf
             reason = _verdict(residual, past, out_of_time=not context.seconds_left)
             if residual <= goal or reason:
                 break

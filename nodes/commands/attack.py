@@ -34,7 +34,8 @@ class Attack(Command):
     out: Path
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
-    """auto (picks, and says why), dlg, idlg, rgap (one example, in closed form) or unmix (batches, exactly)."""
+    """auto (picks, and says why), dlg, idlg, inverting-gradients, rgap (one example, in closed form) or unmix (batches,
+    exactly)."""
     victim: str | None = None
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None

@@ -40,6 +40,8 @@ class Observation:
     """uint8, shape (parameters,): a `Known` for each element."""
     bound: Tensor | None = None
     """float32, shape (parameters,): largest absolute error of each differenced element; None where none is."""
+    average: Tensor | None = None
+    """As the gradient: what every rank took its step with; None where it is not known to the bit."""
     weights: Tensor | None
     """float32, shape (parameters,): the weights that this gradient was taken at; None where they are not known."""
     buffers: Tensor | None = None
@@ -51,7 +53,7 @@ class Observation:
 
     def __post_init__(self) -> None:
         count = self.gradient.numel()
-        for name in ("gradient", "known", "bound", "weights"):
+        for name in ("gradient", "known", "bound", "average", "weights"):
             value = getattr(self, name)
             if value is not None and value.shape != (count,):
                 raise ValueError(f"observation, {name}: wanted shape ({count},), got {tuple(value.shape)}")

@@ -51,22 +51,19 @@ class Shadow:
         return torch.cat([parameter.detach().reshape(-1) for parameter in self._parameters])
 
     def advance(self, step: int, average: Tensor | None) -> None:
-        """Takes the step that every rank takes with this average: float32, shape (parameters,), None if not known.
-
-        Where gradients are clipped, the average is overwritten.
-        """
+        """Takes the step that every rank takes with this average: float32, shape (parameters,), None if not known."""
         if step < self._step:
             return
         self._known = self._known and step == self._step and average is not None and self._rule is not None
         self._step = step + 1
         if not self._known or average is None or self._rule is None:
             return
-        at = 0
+        average, at = average.clone() if self._rule.clips else average, 0
         for parameter in self._parameters:
             parameter.grad = average[at : at + parameter.numel()].view_as(parameter)
             at += parameter.numel()
         threads = torch.get_num_threads()
-        if not self._rule.elementwise:
+        if self._rule.clips:
             torch.set_num_threads(1)
         try:
             self._rule.step()

@@ -191,6 +191,7 @@ class ZeromqReader(ProtocolReader):
         buffers = None
         if initial is not None and initial.step == step.step and initial.buffers is not None:
             buffers = torch.from_numpy(initial.buffers)
+        average = None if step.average is None else torch.from_numpy(step.average)
         for rank, gradient in sorted(step.gradients.items()):
             yield Observation(
                 rank=rank,
@@ -200,13 +201,13 @@ class ZeromqReader(ProtocolReader):
                 gradient=torch.from_numpy(gradient.values),
                 known=torch.from_numpy(gradient.known),
                 bound=None if gradient.bound is None else torch.from_numpy(gradient.bound),
+                average=average,
                 weights=weights,
                 buffers=buffers,
                 shapes=self.shapes or ((gradient.values.size,),),
                 defense=gradient.defense,
             )
         if self._shadow is not None:
-            average = None if step.average is None else torch.from_numpy(step.average)
             self._shadow.advance(step.step, average)
 
     def _begin_shadow(self) -> None:

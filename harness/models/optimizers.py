@@ -61,9 +61,9 @@ class UpdateRule:
             clock.tick()
 
     @property
-    def elementwise(self) -> bool:
-        """Whether an element of the weights follows from its own gradients alone: not where a norm is clipped."""
-        return self._max_norm is None
+    def clips(self) -> bool:
+        """Whether it changes the gradients, before it takes a step."""
+        return self._max_norm is not None or self._max_value is not None
 
     def zero_grad(self) -> None:
         """Lets go of the gradients."""

@@ -163,6 +163,9 @@ class GlooReader(ProtocolReader):
             else:
                 self.notes.add("the initial weights were not seen whole: no step's weights are known")
         weights = self._shadow.weights(step.step) if self._shadow is not None else None
+        average = torch.from_numpy(step.seen.total) if step.seen.total_known.all() else None
+        if plan.flat and average is not None:
+            average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
         for rank, vector in enumerate(step.seen.ranks):
             yield Observation(
                 rank=rank,
@@ -172,13 +175,11 @@ class GlooReader(ProtocolReader):
                 gradient=torch.from_numpy(vector.values),
                 known=torch.from_numpy(vector.known),
                 bound=torch.from_numpy(vector.bound) if (vector.known == Known.DIFFERENCED).any() else None,
+                average=average,
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
                 defense=None if self._job.format is FLOAT32 else f"{self._job.format.name} on the wire",
             )
         if self._shadow is not None:
-            average = torch.from_numpy(step.seen.total)
-            if plan.flat:
-                average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
-            self._shadow.advance(step.step, average if step.seen.total_known.all() else None)
+            self._shadow.advance(step.step, average)

@@ -1,6 +1,7 @@
 """Observations <-> one safetensors file, whole or not at all.
 
-    step{S}.rank{R}.gradient, .known, .bound (where there is one)   step{S}.weights, step{S}.buffers (where known)
+    step{S}.rank{R}.gradient, .known, .bound (where there is one)
+    step{S}.weights, step{S}.buffers, step{S}.average (where known)
 
 The metadata's `gradtap` is JSON: format version, source, shapes, and of each step and rank what is not a tensor. What
 is read back is checked before it is believed. Knows nothing of captures or protocols.
@@ -26,7 +27,7 @@ from attack.errors import DecodeError
 from attack.observation import Known, Observation
 
 FORMAT = 1
-_KEY = re.compile(r"step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers)")
+_KEY = re.compile(r"step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers|average)")
 
 
 def write_observations(source: Recording | Iterable[Observation], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
             (f"{rank}.bound", seen.bound),
             (f"{step}.weights", seen.weights),
             (f"{step}.buffers", seen.buffers),
+            (f"{step}.average", seen.average),
         ):
             if tensor is not None:
                 tensors[name] = tensor
@@ -97,7 +99,7 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
                     name: file.get_tensor(key) if key in names else None
                     for name, key in {
                         **{name: f"{rank}.{name}" for name in ("gradient", "known", "bound")},
-                        **{name: f"{step}.{name}" for name in ("weights", "buffers")},
+                        **{name: f"{step}.{name}" for name in ("weights", "buffers", "average")},
                     }.items()
                 }
                 yield _observation(f"{path}: {rank}", entry, tensors, shapes)
@@ -132,6 +134,7 @@ def _observation(
         gradient=gradient,
         known=known,
         bound=bound,
+        average=tensors["average"],
         weights=tensors["weights"],
         buffers=tensors["buffers"],
         shapes=shapes,

@@ -49,7 +49,7 @@ def test_the_keys_are_those_of_the_design(tmp_path: Path) -> None:
     job = Job(steps=1, buffers=((3,),))
     write_observations(Desk(events(job.writes)).observations(), tmp_path / "seen")
     names = {f"step0.rank{rank}.{name}" for rank in range(2) for name in ("gradient", "known")}
-    assert set(load_file(tmp_path / "seen")) == names | {"step0.weights", "step0.buffers"}
+    assert set(load_file(tmp_path / "seen")) == names | {"step0.weights", "step0.buffers", "step0.average"}
 
 
 def test_nothing_observed_is_an_empty_file_that_can_be_read(tmp_path: Path) -> None:

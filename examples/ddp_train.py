@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Before there is a process group: imported later (DDP does), it would hold on to the group, and torch 2.13 now and then
+# aborts at exit.
+import torch.distributed.nn
 from ddp_model import build
 from PIL import Image
 from torch import Tensor, nn
@@ -66,9 +70,7 @@ def main() -> None:
             if rank == 0:
                 print(f"epoch {epoch} step {step}: loss {loss.item():.4f}")
             step += 1
-    # Let go of DDP, then leave together: a process group that outlives its peers can abort in torch's destructors.
-    del model, loss, optimizer
-    dist.barrier()
+    del model, loss  # DDP holds the group too
     dist.destroy_process_group()
 
 

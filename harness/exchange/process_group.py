@@ -13,6 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+# Its functions take the group that exists when they are defined as their default. DDP imports it, by way of
+# torch._dynamo, once the group is there, which then outlives `destroy_process_group`, with Gloo's threads: one of them
+# may want the interpreter's lock while that ends, and aborts the process (seen with torch 2.13). So it comes first.
+import torch.distributed.nn
+
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic
 from harness.exchange.rendezvous import Meeting

@@ -9,7 +9,7 @@ import pytest
 
 from attack.decode.recording import Recording
 from nodes.node import PROJECT
-from tests.integration.test_audit import pictures, pytestmark, record  # noqa: F401
+from tests.integration.test_audit import gradtap, pictures, pytestmark  # noqa: F401
 
 RANKS = 3
 
@@ -17,7 +17,7 @@ RANKS = 3
 def test_a_tap_at_one_host_knows_that_rank_and_a_share_of_its_neighbors(tmp_path: Path) -> None:
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", RANKS)
     script = (PROJECT / "examples/ddp_train.py", *pictures(2 * RANKS))
-    record(tmp_path / "run", "--hosts", "--tap", "rank:1", "--", *torchrun, *script)
+    gradtap("lab", "--out", tmp_path / "run", "--hosts", "--tap", "rank:1", "--", *torchrun, *script)
     seen = list(Recording(tmp_path / "run/wire.pcapng", optimizer="sgd:lr=0.1").observations())
     assert [(one.step, one.rank) for one in seen] == [(step, rank) for step in range(2) for rank in range(RANKS)]
     for one in seen:

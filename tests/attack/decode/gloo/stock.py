@@ -5,13 +5,15 @@
 OUT/step{S}.rank{R}.npz has the gradient that the rank computed without DDP, and the weights it was taken at.
 """
 
-import gc
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported once the group is there, it would keep the group, and torch 2.13 now and then aborts at exit.
+import torch.distributed.nn
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -49,10 +51,7 @@ def main(out: str, *options: str) -> None:
         nn.functional.cross_entropy(ddp(inputs), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    # A reducer that outlives its group's peers hangs or aborts in torch's destructors, now and then.
-    del ddp, optimizer
-    gc.collect()
-    dist.barrier()
+    del ddp  # holds the group too
     dist.destroy_process_group()
 
 

@@ -9,8 +9,14 @@ ones V the features: [1, f_i] = V g_i. So each example solves, on its own, a sma
 
     (I - U U') (softmax([b, W] V g) - onehot(y)) = 0,    (V g)[0] = 1
 
-by Levenberg-Marquardt from many starts at once. Solutions count only if together they add up to A with equal shares.
-Knows no layer but the last, and nothing of what made the features.
+by Levenberg-Marquardt from many starts at once. Where softmax is saturated, features of a wide range nearly solve it
+for one example; the shares of a label's solutions in A add up to how often it occurs. So one solution an example is
+chosen by that, and all are refined together, on
+
+    A V - (1 / B) sum over i of (softmax([b, W] V g_i) - onehot(y_i)) g_i' = 0
+
+where sharp errors fix the features. Only what makes up A counts. Knows no layer but the last, and nothing of what made
+the features.
 
 Reference: that the errors of a batch lie in the column space of a gradient of low rank is used by SPEAR, Dimitrov et
 al., NeurIPS 2024, arXiv 2403.03945, there to search for ReLU patterns; here softmax takes the place of the pattern.
@@ -19,6 +25,7 @@ al., NeurIPS 2024, arXiv 2403.03945, there to search for ReLU patterns; here sof
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +48,17 @@ MAX_DAMPING = 1e6
 SOLVED, SOLVED_AT_MOST = 1e-11, 1e-8
 """Squared residual of a solution: as the noise turns U, no less than the first and no more than the second."""
 DISTINCT = 1e-3
-"""Relative distance from which on two solutions are two examples."""
-SHARE = 0.05
-"""How far an example's share in the gradient may be off 1/B, relative."""
+"""Relative distance from which on two solutions are two."""
+SAME_ERROR = 0.02
+"""Singular value of unit errors below which they span no further direction."""
+SHARE = 0.3
+"""How far a label's share in the gradient may be off a multiple of 1/B, in units of that, before the refinement."""
+CHOICES = 6
+"""Drawn by chance where a label has more solutions than examples, and each refined."""
+REFINEMENTS = 40
+FIT = 1e-5
+"""Largest misfit of refined solutions, relative to the gradient, where the noise is below that: float32 logits of some
+50 make their softmax so inexact."""
 SATURATED = 1e-7
 """Where softmax is the label itself the system is solved by no example."""
 BELOW_ZERO = 2e-2
@@ -76,6 +91,8 @@ class _Split:
     """V, shape (1 + features, batch)."""
     core: Tensor
     """Singular values, shape (batch,)."""
+    misfit: float
+    """Largest Frobenius norm of what solutions may leave of A V."""
     logits: Tensor
     """[b, W] V, shape (classes, batch)."""
     solved: float
@@ -105,15 +122,16 @@ def read_features(target: Target, context: Context) -> Features:
     likely = _likely_labels(target, nonnegative)
     for attempt in range(ROUNDS):
         # A label whose gradient is not negative is possible where its probability was high: tried when others fail.
-        labels = likely if attempt < ROUNDS - 1 else torch.arange(target.classes, device=target.device)
-        unexplained = _joined(target, target.gradient) - found.explained()
+        labels = likely if attempt % 3 < 2 else torch.arange(target.classes, device=target.device)
+        unexplained = found.unexplained()
         for label in labels.tolist():
             if not context.seconds_left:
                 raise NoFeatures("the deadline passed")
-            found.add(label, _solve(split, label, _starts(split, unexplained[label], context)))
-        chosen = found.choose()
-        if chosen is not None:
-            return _features(split, *chosen)
+            found.add(label, _solve(split, label, _starts(split, label, unexplained, context)))
+        for g, chosen in found.choices(context):
+            refined, misfit = _refine(split, g, chosen)
+            if misfit <= min(split.misfit, float(split.core[-1]) / 2):
+                return _features(split, refined, chosen)
     raise NoFeatures(
         f"the last layer's gradient has the rank of {split.batch} examples, but of {found.count} solutions found no "
         f"{split.batch} make it up with equal shares"
@@ -125,10 +143,10 @@ def reread_features(target: Target, before: Features) -> Features:
     split = _split(target, batch=len(before.labels))
     ones = torch.ones_like(before.values[:, :1])
     starts = torch.cat([ones, before.values], 1) @ split.right
-    solved = [_solve(split, int(label), start[None]) for label, start in zip(before.labels, starts, strict=True)]
-    if any(len(g) == 0 for g in solved):
+    g, misfit = _refine(split, starts, before.labels)
+    if not misfit <= split.misfit:
         raise NoFeatures("a solution was lost")
-    return _features(split, torch.cat(solved), before.labels)
+    return _features(split, g, before.labels)
 
 
 def _split(target: Target, batch: int | None = None) -> _Split:
@@ -157,7 +175,9 @@ def _split(target: Target, batch: int | None = None) -> _Split:
     left, core, right = left[:, :batch], core[:batch], right[:batch].T
     public = torch.cat([bias[:, None], weight], 1).detach()
     solved = min(max(SOLVED, (floor / float(core[-1])) ** 2), SOLVED_AT_MOST)
-    return _Split(left=left, right=right, core=core, logits=public @ right, solved=solved)
+    expected = float(noise.square().mean() * len(noise) * batch) ** 0.5
+    misfit = max(ABOVE_NOISE * expected, FIT * float(torch.linalg.vector_norm(core)))
+    return _Split(left=left, right=right, core=core, misfit=misfit, logits=public @ right, solved=solved)
 
 
 def _joined(target: Target, flat: Tensor) -> Tensor:
@@ -186,15 +206,20 @@ def _likely_labels(target: Target, nonnegative: bool) -> Tensor:
     return negative.nonzero()[:, 0]
 
 
-def _starts(split: _Split, row: Tensor, context: Context) -> Tensor:
-    """Shape (starts, batch): around the features that a label's own row of the gradient suggests: there, its examples
-    outweigh all others."""
-    center = row / row[0] @ split.right
+def _starts(split: _Split, label: int, unexplained: Tensor, context: Context) -> Tensor:
+    """Shape (starts, batch): half in the space that the solutions so far leave, where that is not all; the others
+    around the features that a label's own row of the gradient suggests: there, its examples outweigh all others."""
+    row = split.left[label] * split.core
+    center = row / (row @ split.right[0])
     scatter = torch.randn(STARTS, split.batch, generator=context.generator, dtype=torch.float64).to(center)
     scales = torch.tensor(SCALES).to(center).repeat(-(-STARTS // len(SCALES)))[:STARTS, None]
-    scatter = scatter * scales * torch.linalg.vector_norm(center) / split.batch**0.5
-    scatter[0] = 0
-    return center + scatter
+    around = center + scatter * scales * torch.linalg.vector_norm(center) / split.batch**0.5
+    around[0] = center
+    if 0 < len(unexplained) < split.batch:
+        half = STARTS // 2
+        within = scatter[:half, : len(unexplained)] @ unexplained
+        around[:half] = within / (within @ split.right[0])[:, None]
+    return around
 
 
 def _solve(split: _Split, label: int, starts: Tensor) -> Tensor:
@@ -213,6 +238,7 @@ def _solve(split: _Split, label: int, starts: Tensor) -> Tensor:
     turn = split.logits @ free
     p, r = off(t)
     loss = r.square().sum(-1)
+    open_ = loss >= split.solved  # where softmax is saturated, a solution would wander off along flat directions
     damping = torch.full_like(loss, 1e-3)
     for _ in range(ITERATIONS if free.shape[1] else 0):
         if damping.min() > MAX_DAMPING:  # nothing gets better any more
@@ -226,7 +252,7 @@ def _solve(split: _Split, label: int, starts: Tensor) -> Tensor:
         tried = t - step
         p_tried, r_tried = off(tried)
         loss_tried = r_tried.square().sum(-1)
-        better = (loss_tried < loss) & (failed == 0)
+        better = (loss_tried < loss) & (failed == 0) & open_
         t, p = torch.where(better[:, None], tried, t), torch.where(better[:, None], p_tried, p)
         r, loss = torch.where(better[:, None], r_tried, r), torch.where(better, loss_tried, loss)
         damping = torch.where(better, damping / 5, damping * 4).clamp(min=1e-15)
@@ -245,12 +271,15 @@ class _Solutions:
     def count(self) -> int:
         return len(self._found)
 
-    def explained(self) -> Tensor:
-        """The part of the gradient that the solutions make up, with equal shares."""
+    def unexplained(self) -> Tensor:
+        """Rows that span the features of the examples not found yet, in the coordinates of g: A without the found
+        errors. Shape (dimensions, batch)."""
+        split = self._split
         if not self._found:
-            return torch.zeros_like(self._split.left[:, :1])
-        g, labels = self._stacked()
-        return _error(self._split, g, labels).T @ (g @ self._split.right.T) / self._split.batch
+            return split.core.diag()
+        found = functional.normalize(_error(split, *self._stacked()) @ split.left)
+        _, size, directions = torch.linalg.svd(found)
+        return directions[int((size > SAME_ERROR).sum()) :] * split.core
 
     def _stacked(self) -> tuple[Tensor, Tensor]:
         g = torch.stack([g for g, _ in self._found])
@@ -264,21 +293,66 @@ class _Solutions:
             if all(y != label or torch.dist(g, h) > DISTINCT * torch.linalg.vector_norm(h) for h, y in self._found):
                 self._found.append((g, label))
 
-    def choose(self) -> tuple[Tensor, Tensor] | None:
-        """The solutions with a share of 1/B each in the gradient; None unless there are B of them."""
-        batch = self._split.batch
-        if len(self._found) < batch:
-            return None
+    def choices(self, context: Context) -> Iterator[tuple[Tensor, Tensor]]:
+        """Choices of one solution an example, and their labels: as many of a label as its share in the gradient."""
+        if self.count < self._split.batch:
+            return
         g, labels = self._stacked()
         error = _error(self._split, g, labels)
         # S = sum of shares x U'e g', in the singular vectors' coordinates
         products = ((error @ self._split.left)[:, :, None] * g[:, None, :]).flatten(1)
-        shares = torch.linalg.lstsq(products.T, self._split.core.diag().flatten()[:, None]).solution[:, 0]
-        chosen = (shares * batch - 1).abs() < SHARE
-        if int(chosen.sum()) != batch:
-            return None
-        order = labels[chosen].argsort(stable=True)
-        return g[chosen][order], labels[chosen][order]
+        wanted = self._split.core.diag().flatten()
+        shares = torch.linalg.lstsq(products.T, wanted[:, None]).solution[:, 0] * self._split.batch
+        totals = torch.zeros(len(self._split.left), dtype=shares.dtype, device=shares.device)
+        totals.index_add_(0, labels, shares)
+        counts = totals.round().long()
+        there = torch.bincount(labels, minlength=len(counts))
+        if bool(((totals - counts).abs() > SHARE).any() or (counts < 0).any() or (counts > there).any()):
+            return
+        if int(counts.sum()) != self._split.batch:
+            return
+        for _ in range(CHOICES if bool((there > counts).any()) else 1):
+            order = torch.randperm(len(labels), generator=context.generator).to(labels.device)
+            chosen = [order[labels[order] == label][: int(counts[label])] for label in counts.nonzero()[:, 0]]
+            yield g[torch.cat(chosen)], labels[torch.cat(chosen)]
+
+
+def _refine(split: _Split, g: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    """All solutions together, by Levenberg-Marquardt, and the Frobenius norm of what of A V they leave."""
+    first, batch = split.right[0], split.batch
+    particular = first / first.square().sum()
+    free = torch.linalg.qr(first[:, None], mode="complete").Q[:, 1:]
+    turn, wanted = split.logits @ free, split.left * split.core
+    onehot = functional.one_hot(labels, len(split.left)).to(g)
+
+    def off(t: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        g = particular + t @ free.T
+        p = (g @ split.logits.T).softmax(-1)
+        r = wanted - (p - onehot).T @ g / batch
+        return g, p, r, float(r.square().sum())
+
+    t = (g - particular) @ free
+    g, p, r, loss = off(t)
+    damping = 1e-3
+    for _ in range(REFINEMENTS if free.shape[1] else 0):
+        slopes = p[:, :, None] * (turn - (p @ turn)[:, None, :])  # of e by t: (examples, classes, free)
+        jacobian = torch.einsum("icf,ig->cgif", slopes, g) + torch.einsum("ic,gf->cgif", p - onehot, free)
+        flat = jacobian.flatten(2).flatten(0, 1) / batch
+        normal = flat.T @ flat
+        normal.diagonal().mul_(1 + damping).add_(1e-30)
+        step, failed = torch.linalg.solve_ex(normal, flat.T @ r.flatten())
+        tried = t + step.view_as(t)
+        at = off(tried)
+        if failed or not at[3] < loss:
+            damping *= 8
+            if damping > MAX_DAMPING:
+                break
+            continue
+        slow = at[3] > 0.99 * loss
+        t, (g, p, r, loss), damping = tried, at, damping / 10
+        if slow:
+            break
+    return g, loss**0.5
 
 
 def _error(split: _Split, g: Tensor, labels: Tensor) -> Tensor:

@@ -83,3 +83,14 @@ def test_last_layer_that_is_known_in_part_is_refused() -> None:
     known[-200] = Known.UNKNOWN
     with pytest.raises(NoFeatures, match="not known in full"):
         count_examples(target_of(dataclasses.replace(seen, known=known), "mlp"))
+
+
+@pytest.mark.parametrize("labels", [LABELS, [5, 17, 29, 41, 53, 65, 77, 89]], ids=["repeated", "distinct"])
+def test_saturated_softmax_is_no_obstacle(labels: list[int]) -> None:
+    """Logits of 3072 features with weights of U(-0.5, 0.5) have a standard deviation of 11."""
+    seen, features = seen_by("lenet:channels=48", labels)
+    found = read_features(target_of(seen, "lenet:channels=48"), context())
+    assert found.labels.tolist() == labels
+    nearest = torch.cdist(features, found.values).min(1)
+    assert sorted(nearest.indices.tolist()) == list(range(len(labels)))
+    assert nearest.values.max() < 1e-2 * math.sqrt(features.shape[1])

@@ -34,18 +34,22 @@ class Observation:
     world_size: int
     exchange: str
     """`zeromq` or `gloo`: where it was read."""
+    group: str | None = None
+    """The process group that exchanged it, as torch names it; None: the group of all ranks. Steps count in a group."""
     gradient: Tensor
-    """float32, shape (parameters,), in `model.parameters()` order: the rank's own mean gradient, as it was sent."""
+    """float32, or float64 where the job's is; shape (parameters,), in `model.parameters()` order: the rank's own mean
+    gradient, as it was sent."""
     known: Tensor
     """uint8, shape (parameters,): a `Known` for each element."""
     bound: Tensor | None = None
-    """float32, shape (parameters,): largest absolute error of each differenced element; None where none is."""
+    """As the gradient: largest absolute error of each differenced element; None where none is."""
     average: Tensor | None = None
     """As the gradient: what every rank took its step with; None where it is not known to the bit."""
     weights: Tensor | None
-    """float32, shape (parameters,): the weights that this gradient was taken at; None where they are not known."""
+    """As the gradient: the weights that this gradient was taken at; None where they are not known."""
     buffers: Tensor | None = None
-    """float32, shape (buffers,): floating-point buffers, in order; None where the model has none or none was seen."""
+    """As the gradient, shape (buffers,): floating-point buffers, in order; None where there are none, or none was
+    seen."""
     shapes: Shapes
     """Shape of each parameter, in order."""
     defense: str | None = None
@@ -80,6 +84,7 @@ class Observation:
             "step": self.step,
             "world_size": self.world_size,
             "exchange": self.exchange,
+            "group": self.group,
             "parameters": self.gradient.numel(),
             "known_fraction": self.known_fraction,
             "exact_fraction": self.exact_fraction,

@@ -3,8 +3,10 @@
     step{S}.rank{R}.gradient, .known, .bound (where there is one)
     step{S}.weights, step{S}.buffers, step{S}.average (where known)
 
-The metadata's `gradtap` is JSON: format version, source, shapes, and of each step and rank what is not a tensor. What
-is read back is checked before it is believed. Knows nothing of captures or protocols.
+Before that stands `group{NAME}.` where it is not the group of all ranks that exchanged them. All are float32, or
+float64 where the job's gradients are; known is uint8. The metadata's `gradtap` is JSON: format version, source, shapes,
+and of each step and rank what is not a tensor. What is read back is checked before it is believed. Knows nothing of
+captures or protocols.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ from torch import Tensor
 
 from attack.decode.recording import Recording
 from attack.errors import DecodeError
-from attack.observation import Known, Observation
+from attack.observation import Known, Observation, Shapes
 
 FORMAT = 1
-_KEY = re.compile(r"step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers|average)")
+_KEY = re.compile(r"(group.+\.)?step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers|average)")
 
 
 def write_observations(source: Recording | Iterable[Observation], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -42,10 +44,10 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
         label, observations = "", iter(source)
     tensors: dict[str, Tensor] = {}
     entries: list[dict[str, Any]] = []
-    shapes: dict[str, Any] = {}
+    shapes: dict[str | None, Shapes] = {}
     elements = known = exact = 0
     for seen in observations:
-        rank, step = f"step{seen.step}.rank{seen.rank}", f"step{seen.step}"
+        rank, step = _names(seen.group, seen.step, seen.rank)
         tensors |= {f"{rank}.gradient": seen.gradient, f"{rank}.known": seen.known}
         for name, tensor in (
             (f"{rank}.bound", seen.bound),
@@ -55,25 +57,35 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
         ):
             if tensor is not None:
                 tensors[name] = tensor
-        shapes = {"shapes": seen.shapes}
+        shapes[seen.group] = seen.shapes
         entries.append(
             {
                 "step": seen.step,
                 "rank": seen.rank,
                 "world_size": seen.world_size,
                 "exchange": seen.exchange,
+                "group": seen.group,
                 "defense": seen.defense,
             }
         )
         elements += seen.known.numel()
         known += int((seen.known != Known.UNKNOWN).sum())
         exact += int((seen.known == Known.RAW).sum())
-    document = {"version": FORMAT, "source": label, **shapes, "observations": entries}
+    first = next(iter(shapes.values()), ())
+    document = {
+        "version": FORMAT,
+        "source": label,
+        "shapes": shapes.get(None, first),
+        "groups": {group: {"shapes": value} for group, value in shapes.items() if group is not None},
+        "observations": entries,
+    }
     _save(tensors, {"gradtap": json.dumps(document)}, Path(path))
     return {
         "observations": len(entries),
-        "steps": len({entry["step"] for entry in entries}),
-        "complete": sum(bool((tensors[f"step{e['step']}.rank{e['rank']}.known"] != 0).all()) for e in entries),
+        "steps": len({(entry["group"], entry["step"]) for entry in entries}),
+        "complete": sum(
+            bool((tensors[f"{_names(e['group'], e['step'], e['rank'])[0]}.known"] != 0).all()) for e in entries
+        ),
         "known_fraction": known / elements if elements else 0.0,
         "exact_fraction": exact / elements if elements else 0.0,
     }
@@ -92,9 +104,12 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
             names = set(file.keys())
             if strange := [name for name in names if not _KEY.fullmatch(name)]:
                 raise DecodeError(f"{path}: no observation has a tensor {strange[0]!r:.80}")
-            shapes = tuple(tuple(map(int, shape)) for shape in document.get("shapes", ()))
+            groups = document.get("groups", {})
             for entry in document["observations"]:
-                rank, step = f"step{int(entry['step'])}.rank{int(entry['rank'])}", f"step{int(entry['step'])}"
+                group = None if entry.get("group") is None else str(entry["group"])
+                rank, step = _names(group, int(entry["step"]), int(entry["rank"]))
+                found = document.get("shapes", ()) if group is None else groups[group]["shapes"]
+                shapes = tuple(tuple(map(int, shape)) for shape in found)
                 tensors = {
                     name: file.get_tensor(key) if key in names else None
                     for name, key in {
@@ -109,11 +124,19 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
         raise DecodeError(f"{path}: not a file of observations, or a damaged one: {error!r:.200}") from None
 
 
+def _names(group: str | None, step: int, rank: int) -> tuple[str, str]:
+    """What the tensors of a rank at a step begin with, and those of all ranks."""
+    within = "" if group is None else f"group{group}."
+    return f"{within}step{step}.rank{rank}", f"{within}step{step}"
+
+
 def _observation(
     where: str, entry: dict[str, Any], tensors: dict[str, Tensor | None], shapes: tuple[tuple[int, ...], ...]
 ) -> Observation:
+    double = tensors["gradient"] is not None and tensors["gradient"].dtype == torch.float64
+    floating = torch.float64 if double else torch.float32
     for name, tensor in tensors.items():
-        wanted = torch.uint8 if name == "known" else torch.float32
+        wanted = torch.uint8 if name == "known" else floating
         if tensor is None and name in ("gradient", "known"):
             raise DecodeError(f"{where}: the tensor {name} is missing")
         if tensor is not None and (tensor.dtype != wanted or tensor.ndim != 1):
@@ -131,6 +154,7 @@ def _observation(
         step=int(entry["step"]),
         world_size=int(entry["world_size"]),
         exchange=str(entry["exchange"]),
+        group=None if entry.get("group") is None else str(entry["group"]),
         gradient=gradient,
         known=known,
         bound=bound,

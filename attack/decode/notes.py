@@ -26,3 +26,21 @@ class Notes:
         """All of them, in the order in which they first came."""
         lines = [f"{line} ({count} times)" if count > 1 else line for line, count in self._lines.items()]
         return [*lines, f"and {self._left_out} more notes"] if self._left_out else lines
+
+    def within(self, where: str) -> Notes:
+        """These notes, where each line that is added begins with where it belongs; itself where that is empty."""
+        return _Within(self, where) if where else self
+
+
+class _Within(Notes):
+    """Adds to other notes."""
+
+    def __init__(self, notes: Notes, where: str) -> None:
+        super().__init__()
+        self._notes, self._where = notes, where
+
+    def add(self, line: str) -> None:
+        self._notes.add(f"{self._where}: {line}")
+
+    def lines(self) -> list[str]:
+        return self._notes.lines()

@@ -85,6 +85,10 @@ class ProtocolReader(abc.ABC):
         """Shape of each parameter, where it was seen."""
         return None
 
+    def groups(self) -> list[dict[str, Any]]:
+        """Groups of ranks that exchange among themselves, and what: one entry a group."""
+        return []
+
     def sealed(self) -> list[dict[str, Any]]:
         """What encrypted traffic still gives away: one entry a flow."""
         return []

@@ -133,13 +133,15 @@ class Desk:
         steps: dict[int, list[dict[str, Any]]] = {}
         try:
             for seen in self.observations():
-                rank = {
+                rank: dict[str, Any] = {
                     "rank": seen.rank,
                     "complete": seen.complete,
                     "known_fraction": seen.known_fraction,
                     "exact_fraction": seen.exact_fraction,
                     "weights_known": seen.weights is not None,
                 }
+                if seen.group is not None:
+                    rank["group"] = seen.group
                 steps.setdefault(seen.step, []).append(rank)
         except CaptureError as error:
             self.notes.add(f"the capture is damaged, and was read up to there: {error}")
@@ -159,6 +161,7 @@ class Desk:
                 "count": None if shapes is None else sum(map(math.prod, shapes)),
                 "shapes": None if shapes is None else [list(shape) for shape in shapes],
             },
+            "groups": [entry for reader in self._readers for entry in reader.groups()],
             "gaps": [
                 {"flow": str(stream.flow), "offset": offset, "length": length}
                 for stream in self._streams.values()

@@ -275,7 +275,7 @@ class TcpStoreReader(ProtocolReader):
             for kind, fields in client.receive(data):
                 if kind in (Request.SET, Request.MULTI_SET):
                     for key, value in zip(fields[::2], fields[1::2], strict=True):
-                        self._learn(key, value)
+                        self._learn(key, value, client.flow.source)
                 if answers.readable:
                     answers.ask(kind, fields)
         except DecodeError as error:
@@ -297,7 +297,7 @@ class TcpStoreReader(ProtocolReader):
         for client in (flow, flow.reverse):
             self._answers.setdefault(client, _Answers()).stop()
 
-    def _learn(self, key: bytes, value: bytes) -> None:
+    def _learn(self, key: bytes, value: bytes, owner: str | None = None) -> None:
         """`PREFIX//cpu//N/RANK` = u64 length, host | u64 136 | sockaddr_storage, i64 | i64 for each rank, or none."""
         if (match := _GLOO_KEY.fullmatch(key)) is None or len(value) < 8:
             return
@@ -307,7 +307,7 @@ class TcpStoreReader(ProtocolReader):
             return
         if (address := _address(value[start:end])) is not None:
             world = (len(value) - end) // 8 or None
-            self.directory.add(match[1].decode("utf-8", "replace"), int(match[2]), address, world)
+            self.directory.add(match[1].decode("utf-8", "replace"), int(match[2]), address, world, owner)
 
 
 def _address(sockaddr: bytes) -> str | None:

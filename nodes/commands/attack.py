@@ -40,6 +40,8 @@ class Attack(Command):
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None
     """A:B for steps A to B - 1, or one step; left out: all that were observed."""
+    group: str | None = None
+    """The process group whose gradients to attack, as `inspect` names it; left out: the first that exchanges any."""
     batch_size: int | None = None
     """Examples in a rank's batch, if you know it."""
     labels: tuple[int, ...] | None = None
@@ -106,7 +108,12 @@ class Attack(Command):
                 raise ConfigError(f"steps: wanted A:B or one step, got {self.steps}")
             first = int(match[1])
             last = int(match[2]) if match[2] else first + 1
-        for observation in seen:
+        group: str | None = self.group
+        for index, observation in enumerate(seen):
+            if not index and group is None:
+                group = observation.group
+            if observation.group != group:
+                continue
             if last is not None and observation.step >= last:
                 return
             if observation.step >= first and rank in (None, observation.rank):

@@ -18,7 +18,7 @@ from attack.errors import DecodeError
 Holes: TypeAlias = tuple[tuple[int, int], ...]
 """First byte of each, and the one behind its last, within a payload."""
 
-_HEAD: Final = re.compile(rb"(?s)(?=.{6}\0\0[\x01-\x03]\0{7}.{7}[\x01-\x08]\0{8}.{6}\0\0\0{8})")
+_HEAD: Final = re.compile(rb"(?s)(?=.{6}\0\0[\x01-\x03]\0{7}(?:.{7}[\x01-\x08]|.{4}\0{4})\0{8}.{6}\0\0\0{8})")
 _UNTIL_DATA: Final = 1 << 16
 """Bytes searched at a time: what lies behind a head that was found is not looked at twice."""
 

@@ -31,8 +31,10 @@ class Opcode(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """Which collective a slot belongs to (gloo/types.h)."""
+    """Which collective a slot belongs to: the prefix of its number (gloo/types.h)."""
 
+    POINT_TO_POINT = 0
+    """No collective, and no prefix: send and receive of two ranks (ProcessGroupGloo::send), and monitored_barrier."""
     GATHER = 1
     ALLGATHER = 2
     REDUCE = 3
@@ -44,11 +46,14 @@ class Kind(enum.IntEnum):
 
 
 class Slot(NamedTuple):
-    """(kind << 56) | (tag << 24) | delta. Messages of one slot keep their order on a link; others overtake them."""
+    """(kind << 56) | (tag << 24) | delta; between two ranks the caller's tag alone, below 2**32.
+
+    Messages of one slot keep their order on a link; others overtake them.
+    """
 
     kind: Kind
     tag: int
-    """Counts the collectives of a process group, alike on all of its ranks."""
+    """Counts the collectives of a process group, alike on all of its ranks; between two ranks, the caller's own."""
     delta: int
 
 
@@ -68,16 +73,19 @@ def parse_head(data: Bytes, at: int = 0) -> Head | None:
     Both offsets are zero in what torch sends.
     """
     size, opcode, slot, offset, length, roffset = _LAYOUT.unpack_from(data, at)
-    if not 1 <= opcode <= 3 or offset or roffset or not 1 <= slot >> 56 <= 8:
+    if not 1 <= opcode <= 3 or offset or roffset or slot >> 56 > max(Kind) or 0 < slot >> 32 < 1 << 24:
         return None
     payload = length if opcode == Opcode.SEND_UNBOUND_BUFFER else 0
     if size != HEAD_BYTES + payload or length > MAX_PAYLOAD_BYTES:
         return None
-    return Head(Opcode(opcode), Slot(Kind(slot >> 56), slot >> 24 & 0xFFFF_FFFF, slot & 0xFF_FFFF), payload)
+    kind = Kind(slot >> 56)
+    between_two = kind is Kind.POINT_TO_POINT
+    parts = (slot, 0) if between_two else (slot >> 24 & 0xFFFF_FFFF, slot & 0xFF_FFFF)
+    return Head(Opcode(opcode), Slot(kind, *parts), payload)
 
 
 def pack_head(opcode: Opcode, slot: Slot, length: int) -> bytes:
     """The inverse; `length` is of the payload, sent or announced."""
     payload = length if opcode is Opcode.SEND_UNBOUND_BUFFER else 0
-    number = slot.kind << 56 | slot.tag << 24 | slot.delta
+    number = slot.tag if slot.kind is Kind.POINT_TO_POINT else slot.kind << 56 | slot.tag << 24 | slot.delta
     return _LAYOUT.pack(HEAD_BYTES + payload, opcode, number, 0, length, 0)

@@ -104,9 +104,12 @@ class Job:
                 self.plan = recognize(self._setup, self._notes)
                 self._unrecognized = len(self._setup)
             elif closed:
-                self._setup.append(self._read(tag, kinds))
+                if kinds or not network.is_empty(tag, self._horizon):
+                    self._setup.append(self._read(tag, kinds))
                 self._pass()
                 network.settle(tag)
+        elif not kinds and network.is_empty(tag, self._horizon):
+            self._pass()  # monitored_barrier counts twice, and so does who sums nothing
         elif kinds == {Kind.ALLREDUCE}:
             self._read_bucket(closed=closed, end=end)
         elif not kinds and self._layout_settled and self._regular and self._usual_prologue is not None:
@@ -125,8 +128,11 @@ class Job:
     @property
     def _horizon(self) -> int:
         """The last collective that may be under way beside the next one: of the same step, or, beside its last bucket,
-        DDP's map of the parameters that were not used. Before the first step there is one at a time."""
-        return self._tag + (len(self._layout) - self._done if self.plan is not None else 0)
+        DDP's map of the parameters that were not used. Before the first step there is one at a time; in the first one,
+        a parameter may have a bucket of its own."""
+        if self.plan is None:
+            return self._tag
+        return self._tag + (len(self._layout) - self._done if self._layout else max(self.plan.count, 0))
 
     def _read(self, tag: int, kinds: set[Kind]) -> Collective:
         """What a collective moved, that is over."""

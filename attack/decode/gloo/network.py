@@ -13,6 +13,7 @@ from attack.capture.streams import Flow
 from attack.decode.directory import Directory
 from attack.decode.gloo.framing import Message
 from attack.decode.gloo.head import HEAD_BYTES, Kind
+from attack.decode.gloo.tally import Tally
 
 ALL_TAGS = (1 << 32) - 1
 """No tag is higher."""
@@ -65,11 +66,25 @@ class Network:
         """Those of them that nobody looked at."""
         self.held_bytes = 0
         """Of payloads that wait."""
+        self.tally = Tally()
 
     def open(self, flow: Flow, *, proven: bool) -> None:
         """A direction begins."""
         self.links[flow] = Link(flow=flow, proven=proven)
         self._ranks = None
+
+    def hand_over(self, flow: Flow, other: Network) -> None:
+        """This direction belongs to another group: so does all that it has said so far."""
+        if (link := self.links.pop(flow, None)) is not None:
+            size = sum(len(seen.message.payload) for slot in link.slots.values() for seen in slot)
+            self.held_bytes -= size
+            other.held_bytes += size
+            other.links[flow] = link
+        for mine, theirs in ((self._greetings, other._greetings), (self._hints, other._hints)):
+            if flow in mine:
+                theirs[flow] = mine.pop(flow)
+        self._ranks = other._ranks = None
+        self.changed = other.changed = True
 
     def hint(self, flow: Flow, rank: int | None) -> None:
         """All that the sender of this flow has said so far could be a greeting; None: it is none."""
@@ -88,6 +103,9 @@ class Network:
     def add(self, flow: Flow, message: Message) -> bool:
         """Takes a payload. False where it comes too late to count."""
         link, tag = self.links[flow], message.slot.tag
+        self.tally.add(message.slot, len(message.payload))
+        if message.slot.kind is Kind.POINT_TO_POINT:
+            return True  # its tag counts nothing
         for start, stop in link.doubts:
             message = _doubted(message, start, stop)
         epoch = len(link.losses)
@@ -157,6 +175,17 @@ class Network:
         """Whether every link of the ring that was seen has come past a tag, or to its end."""
         links = self.ring().values()
         return bool(links) and all(link.newest > tag or link.ended for link in links)
+
+    def is_empty(self, tag: int, horizon: int) -> bool:
+        """Whether it is certain that nothing went round the ring under a tag: so it was no all-reduce.
+
+        For that, all ranks must have gone on to what cannot be under way beside it: past the horizon.
+        """
+        links = self.ring().values()
+        return len(links) == self._world and all(
+            link.newest > horizon and link.floor == len(link.losses) and (Kind.ALLREDUCE, tag) not in link.slots
+            for link in links
+        )
 
     def kinds(self, tag: int) -> set[Kind]:
         """What the payloads of a tag say that it is; empty where none was seen."""

@@ -1,6 +1,6 @@
-"""All Gloo connections of a capture -> observations of one job.
+"""All Gloo connections of a capture -> observations of each process group.
 
-Ties the pieces together: framing, network, job and shadow. Knows nothing of bytes or numbers itself.
+Ties the pieces together: framing, and for each group its network and job. Knows nothing of bytes or numbers itself.
 """
 
 from __future__ import annotations
@@ -8,25 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from attack.capture.streams import Bytes, Flow
+from attack.decode.directory import DEFAULT
 from attack.decode.gloo.framing import Event, GlooDecoder, Hello, Lost, Message, Resumed
+from attack.decode.gloo.group import Group
 from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, parse_head
-from attack.decode.gloo.inversion import FLOAT32
-from attack.decode.gloo.job import Job, Step
-from attack.decode.gloo.network import ALL_TAGS, Network
+from attack.decode.gloo.network import Network
 from attack.decode.protocol import ProtocolReader
 from attack.errors import DecodeError
-from attack.observation import Known, Observation, Shapes
-from attack.shadow import Shadow
-
-MAX_WAITING_BYTES = 256 << 20
-"""Payloads that are kept for as long as no rank is known: ranks say who they are before they send any."""
+from attack.observation import Observation, Shapes
 
 
 class GlooReader(ProtocolReader):
-    """Every connection between Gloo pairs; observations are of the first group of ranks."""
+    """Every connection between Gloo pairs.
+
+    A group listens on ports of its own (torch gives each a device of its own), so a connection belongs to the group of
+    which the store says that it listens there. Whatever belongs to no other group belongs to that of all ranks.
+    """
 
     name = "gloo"
     joins = True
@@ -37,10 +35,11 @@ class GlooReader(ProtocolReader):
         self._decoders: dict[Flow, GlooDecoder | None] = {}
         self._recognized: set[Flow] = set()
         self._joined: set[Flow] = set()
-        self._network = Network(self.directory)
-        self._job = Job(self._network, self.notes)
-        self._shadow: Shadow | None = None
-        self._began = False
+        self._groups: dict[str, Group] = {}
+        self._everyone = self._group(DEFAULT)
+        self._of_flow: dict[Flow, Group] = {}
+        self._listeners: dict[str, str] = {}  # label of the group, by address; of all but the group of all ranks
+        self._version = -1
 
     @staticmethod
     def sniff(head: bytes) -> bool | None:
@@ -56,16 +55,16 @@ class GlooReader(ProtocolReader):
     def open(self, flow: Flow, *, from_start: bool) -> None:
         """A stream begins."""
         self._decoders[flow] = GlooDecoder(flow, from_start=from_start)
-        self._network.open(flow, proven=from_start)
+        self._network(flow).open(flow, proven=from_start)
         if from_start:
             self._recognized.add(flow)
         else:
-            self._network.lose(flow)
+            self._network(flow).lose(flow)
 
     def hint(self, flow: Flow, head: bytes) -> None:
         """A pair that is idle has greeted, and says no more."""
         rank = int.from_bytes(head, "little") if len(head) == HELLO_BYTES else MAX_WORLD
-        self._network.hint(flow, rank if rank < MAX_WORLD else None)
+        self._network(flow).hint(flow, rank if rank < MAX_WORLD else None)
 
     def receive(self, flow: Flow, time: float, data: Bytes) -> None:
         """Decodes the next bytes of a stream."""
@@ -80,14 +79,14 @@ class GlooReader(ProtocolReader):
     def doubt(self, flow: Flow, start: int, stop: int) -> None:
         """Nothing is believed that is built from these bytes."""
         super().doubt(flow, start, stop)
-        self._network.doubt(flow, start, stop)
+        self._network(flow).doubt(flow, start, stop)
 
     def close(self, flow: Flow) -> None:
         """Ends a stream."""
         if (decoder := self._decoders[flow]) is not None:
             self._handle(flow, decoder.finish())
         self._decoders[flow] = None
-        self._network.end(flow)
+        self._network(flow).end(flow)
 
     def recognizes(self, flow: Flow) -> bool:
         """A stream seen from its start was sniffed; another must have shown two messages, one behind the other."""
@@ -95,51 +94,89 @@ class GlooReader(ProtocolReader):
 
     def observations(self, *, end: bool = False) -> Iterator[Observation]:
         """Steps of which nothing more is to come."""
-        for step in self._job.steps(end=end):
-            yield from self._observe(step)
-        if self._network.world is None and self._network.held_bytes > MAX_WAITING_BYTES:
-            self._network.release(ALL_TAGS + 1)
-            self.notes.add(
-                f"Gloo: ranks still unknown after {MAX_WAITING_BYTES} bytes of payload: not waited for longer"
-            )
+        self._route()
+        for group in list(self._groups.values()):
+            yield from group.observations(end=end)
         if end and self._recognized:
             self._say_what_is_missing()
 
     def _say_what_is_missing(self) -> None:
         if self._joined:
             self.notes.add(f"Gloo: {len(self._joined)} streams were joined in the middle")
-        if self._network.world is None:
+        if self._everyone.network.world is None:
             self.notes.add("Gloo: neither a rendezvous store nor the connections' greetings say which rank is which")
-        elif self._job.plan is None:
+        elif not any(group.job.plan for group in self._groups.values()):
             self.notes.add("Gloo: not seen how the job began, so its shapes are unknown: no gradient can be placed")
 
     @property
     def world_size(self) -> int | None:
         """As the rendezvous store or the ranks' greetings say it."""
-        return self._network.world if self._recognized else None
+        return self._everyone.network.world if self._recognized else None
 
     @property
     def shapes(self) -> Shapes | None:
-        """As DDP says them when it is built; of the project's own all-reduce, one flat vector's."""
-        return self._job.plan.shapes if self._job.plan is not None else None
+        """As DDP says them when it is built; of the project's own all-reduce, one flat vector's. Of the first group
+        that exchanges gradients."""
+        return next((group.job.plan.shapes for group in self._groups.values() if group.job.plan is not None), None)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Process groups that exchanged anything."""
+        return [group.describe() for group in self._groups.values() if group.network.tally.counts]
+
+    def _group(self, label: str) -> Group:
+        if label not in self._groups:
+            self._groups[label] = Group(label, directory=self.directory, notes=self.notes, optimizer=self.optimizer)
+        return self._groups[label]
+
+    def _network(self, flow: Flow) -> Network:
+        """Of the group that a connection belongs to."""
+        self._route()
+        if flow not in self._of_flow:
+            self._of_flow[flow] = self._owner(flow)
+        return self._of_flow[flow].network
+
+    def _route(self) -> None:
+        """Hands connections over to the groups of which the store has said since that they are theirs."""
+        if self._version == self.directory.version:
+            return
+        self._version = self.directory.version
+        self._listeners = {
+            address: group.label
+            for group in self.directory.groups()
+            if group.label != DEFAULT
+            for address in group.ranks
+        }
+        for group in self.directory.groups():
+            if group.label == DEFAULT:
+                for address in group.ranks:  # a port that was used again, by another group: whose is not certain
+                    self._listeners.pop(address, None)
+        for flow, group_now in self._of_flow.items():
+            if (owner := self._owner(flow)) is not group_now:
+                group_now.network.hand_over(flow, owner.network)
+                self._of_flow[flow] = owner
+
+    def _owner(self, flow: Flow) -> Group:
+        labels = {self._listeners[end] for end in (flow.source, flow.destination) if end in self._listeners}
+        return self._group(labels.pop()) if len(labels) == 1 else self._everyone
 
     def _handle(self, flow: Flow, events: Iterator[Event]) -> None:
+        network = self._network(flow)
         try:
             for event in events:
                 match event:
                     case Message():
-                        if not self._network.add(flow, event):
+                        if not network.add(flow, event):
                             self.notes.add(
                                 f"flow {flow}: a payload of collective {event.slot.tag} came too late to count"
                             )
                     case Hello(rank=rank):
-                        self._network.greet(flow, rank)
+                        network.greet(flow, rank)
                     case Lost(offset=offset):
-                        self._network.lose(flow)
+                        network.lose(flow)
                         if flow in self._recognized:
                             self.notes.add(f"flow {flow}, byte {offset}: a hole in a head: framing lost")
                     case Resumed(offset=offset, skipped=skipped):
-                        self._network.resume(flow, skipped if flow in self._recognized else float("inf"))
+                        network.resume(flow, skipped if flow in self._recognized else float("inf"))
                         if flow not in self._recognized:
                             self._joined.add(flow)
                         self._recognized.add(flow)
@@ -147,39 +184,5 @@ class GlooReader(ProtocolReader):
         except DecodeError as error:
             self.notes.add(f"not read further: {error}")
             self._decoders[flow] = None
-            self._network.lose(flow)
-            self._network.end(flow)
-
-    def _observe(self, step: Step) -> Iterator[Observation]:
-        plan = self._job.plan
-        assert plan is not None and plan.shapes is not None
-        if not self._began:
-            self._began = True
-            if self._job.format is not FLOAT32:
-                self.notes.add(f"gradients of two bytes, read as {self._job.format.name}: so they are spread")
-            if plan.weights is not None:
-                initial = torch.from_numpy(plan.weights)
-                self._shadow = Shadow(weights=initial, step=step.step, shapes=plan.shapes, optimizer=self.optimizer)
-            else:
-                self.notes.add("the initial weights were not seen whole: no step's weights are known")
-        weights = self._shadow.weights(step.step) if self._shadow is not None else None
-        average = torch.from_numpy(step.seen.total) if step.seen.total_known.all() else None
-        if plan.flat and average is not None:
-            average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
-        for rank, vector in enumerate(step.seen.ranks):
-            yield Observation(
-                rank=rank,
-                step=step.step,
-                world_size=len(step.seen.ranks),
-                exchange=self.name,
-                gradient=torch.from_numpy(vector.values),
-                known=torch.from_numpy(vector.known),
-                bound=torch.from_numpy(vector.bound) if (vector.known == Known.DIFFERENCED).any() else None,
-                average=average,
-                weights=weights,
-                buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
-                shapes=plan.shapes,
-                defense=None if self._job.format is FLOAT32 else f"{self._job.format.name} on the wire",
-            )
-        if self._shadow is not None:
-            self._shadow.advance(step.step, average)
+            network.lose(flow)
+            network.end(flow)

@@ -8,8 +8,10 @@ records the vectors again. They were made with torch 2.13.0 on Linux. Ports and 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +57,18 @@ CASES = (
 )
 
 
+def record_many(jobs: list[dict[str, Any]], run: Path, *, world: int, ipv6: bool = False) -> Path:
+    """Runs the script with many models in a lab, and returns its run folder."""
+    run.mkdir(parents=True)
+    script = Path(__file__).with_name("many.py")
+    argv = (sys.executable, str(script), str(run / "truth"), str(world), json.dumps(jobs))
+    env = environment(hosts=False) | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    if ipv6:
+        env |= {"MASTER_ADDR": "::1"}
+        argv = (sys.executable, "-c", ONLY_IPV6, *argv)
+    return run_alone(Node(name="command", argv=argv, env=env), run)
+
+
 def record(case: Case, run: Path) -> Path:
     """Runs the stock script in a lab and returns its run folder."""
     run.mkdir(parents=True, exist_ok=True)
@@ -69,7 +83,11 @@ def record(case: Case, run: Path) -> Path:
         argv = (sys.executable, "-c", ONLY_IPV6, *argv[:3], "--master-addr", "::1", *argv[3:])
     if "lazy" in case.options:
         env |= {"TORCH_GLOO_LAZY_INIT": "1"}
-    node = Node(name="command", argv=argv, env=env)
+    return run_alone(Node(name="command", argv=argv, env=env), run)
+
+
+def run_alone(node: Node, run: Path) -> Path:
+    """Runs one node in a lab. Returns the run folder."""
     result = run_lab(LabConfig(nodes=(node,), run=run, ring_mib=32, deadline_s=120.0, echo=False))
     assert result.ok, (result.message, result.log_tail)
     assert result.dropped == 0
@@ -86,7 +104,11 @@ def read_truth(folder: Path) -> dict[str, np.ndarray]:
 def check(truth: dict[str, np.ndarray], observations: list[Observation]) -> None:
     """Fails where anything is said to be known, and is not so."""
     for seen in observations:
-        where = f"step{seen.step}.rank{seen.rank}"
+        where = (
+            f"step{seen.step}.rank{seen.rank}"
+            if seen.group is None
+            else f"group{seen.group}.step{seen.step}.rank{seen.rank}"
+        )
         assert f"{where}.gradient" in truth or not seen.known.any(), f"{where}: there was no such gradient"
         if f"{where}.gradient" not in truth:
             continue

@@ -20,7 +20,8 @@ def message(payload: bytes, slot: Slot = SLOT) -> bytes:
     return announced + pack_head(Opcode.SEND_UNBOUND_BUFFER, slot, len(payload)) + payload
 
 
-STREAM = HELLO + b"".join(map(message, PAYLOADS))
+SLOTS = [SLOT, Slot(Kind.POINT_TO_POINT, 0, 0), SLOT, Slot(Kind.POINT_TO_POINT, 1 << 31, 0), Slot(Kind.BARRIER, 8, 0)]
+STREAM = HELLO + b"".join(map(message, PAYLOADS, SLOTS))
 
 
 def feed(parts: list[bytes | int], *, from_start: bool = True) -> list[Event]:
@@ -40,6 +41,9 @@ def test_a_head_and_its_parts() -> None:
     assert len(data) == 48
     head = parse_head(data)
     assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, SLOT, 12)
+    between_two = Slot(Kind.POINT_TO_POINT, 0x1234_5678, 0)
+    head = parse_head(pack_head(Opcode.SEND_UNBOUND_BUFFER, between_two, 12))
+    assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, between_two, 12)
     assert parse_head(bytes(48)) is None
     assert parse_head(data[:16] + b"\x09" * 8 + data[24:]) is None  # of no kind
 

@@ -133,7 +133,7 @@ def test_a_stream_that_begins_at_a_head_may_lack_what_came_before() -> None:
             ]
         )
         assert desk._streams[flow].protocol == "gloo"
-        assert not desk._readers[-1]._network._greetings  # type: ignore[attr-defined]
+        assert not desk._readers[-1]._everyone.network._greetings  # type: ignore[attr-defined]
 
 
 def paper(world: int, seed: int) -> tuple[list[StreamEvent], dict[str, np.ndarray]]:
@@ -142,9 +142,9 @@ def paper(world: int, seed: int) -> tuple[list[StreamEvent], dict[str, np.ndarra
 
 
 def test_payloads_of_nobody_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attack.decode.gloo.reader.MAX_WAITING_BYTES", 1000)
+    monkeypatch.setattr("attack.decode.gloo.group.MAX_WAITING_BYTES", 1000)
     seen, _ = paper(2, 0)
     found, desk = observe(list(joined_late(seen, lambda flow: 20)))
-    network = desk._readers[-1]._network  # type: ignore[attr-defined]
+    network = desk._readers[-1]._everyone.network  # type: ignore[attr-defined]
     assert not found and network.held_bytes == 0 and not any(link.slots for link in network.links.values())
     assert "not waited for longer" in " ".join(desk.notes.lines())

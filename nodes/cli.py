@@ -16,7 +16,9 @@ from attack.errors import AttackError, TapError
 from harness.errors import ConfigError, GradtapError
 from harness.models import ModelError
 from nodes.commands.base import Command, Result
+from nodes.commands.bench import BENCHMARKS
 from nodes.console import console
+from nodes.memory import keep_freed_memory
 
 COMMANDS = {
     "demo": "Demo",
@@ -33,6 +35,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 success, 1 it ran and failed, 2 wrong use."""
+    keep_freed_memory()
     arguments = list(sys.argv[1:] if argv is None else argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, rest = arguments[:at], tuple(arguments[at + 1 :])
@@ -53,13 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> Command:
     """The command that the arguments name. Exits with 2 and a helpful line where they are wrong."""
+    if arguments[:1] == ["bench"]:
+        return _choose(BENCHMARKS, "nodes.benchmarks", arguments[1:], program="gradtap bench")
+    return _choose(COMMANDS, "nodes.commands", arguments, program="gradtap")
+
+
+def _choose(commands: dict[str, str], package: str, arguments: Sequence[str], *, program: str) -> Command:
     # Only the named command's module is imported: torch takes seconds, and --help must not.
-    chosen = [name for name in COMMANDS if arguments and arguments[0] == name] or list(COMMANDS)
-    commands = {name: getattr(importlib.import_module(f"nodes.commands.{name}"), COMMANDS[name]) for name in chosen}
+    names = [name for name in commands if arguments and arguments[0] == name] or list(commands)
+    classes = {name: getattr(importlib.import_module(f"{package}.{name}"), commands[name]) for name in names}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.extras.subcommand_cli_from_dict(commands, prog="gradtap", args=list(arguments))
+            return tyro.extras.subcommand_cli_from_dict(classes, prog=program, args=list(arguments))
     except SystemExit as end:
         if end.code:
             fail(one_line(said.getvalue()), code=2)

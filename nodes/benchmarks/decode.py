@@ -6,10 +6,11 @@ one process, so CPU time is of the same machine at the same time.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from rich.progress import track
 
 from attack.decode.recording import Recording
 from harness.errors import GradtapError
+from nodes.benchmarks.base import Benchmark
 from nodes.benchmarks.timing import Case
 from nodes.benchmarks.traffic import write_gloo, write_zeromq
+from nodes.commands.base import Result
 from nodes.console import console
 
 READ = "plain read"
@@ -27,18 +30,32 @@ _READ_BYTES = 1 << 20
 _WRITERS = {"gloo": write_gloo, "zeromq": write_zeromq}
 
 
-def bench_decode(*, numel: int, worlds: Sequence[int], repetitions: int, steps: int) -> list[Case]:
-    """Both protocols for each number of ranks. Raises: GradtapError where a gradient is not what was sent."""
-    cases = []
-    for world_size in worlds:
-        for protocol, write in _WRITERS.items():
-            with tempfile.TemporaryDirectory(prefix="gradtap-bench-") as folder:
-                path = Path(folder) / "wire.pcapng"
-                sent = write(path, world_size=world_size, numel=numel, steps=steps)
-                _check(path, sent, observations=world_size * steps)
-                setting = {"ranks": world_size, "floats": numel, "steps": steps, "file_bytes": path.stat().st_size}
-                cases += _time(protocol, path, repetitions, setting)
-    return cases
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode(Benchmark):
+    """Captures of Gloo's and of ZeroMQ's traffic decoded to every rank's gradient, beside a plain read of the file."""
+
+    numel: int = 10_000_000
+    """Elements of the gradient (float32)."""
+    worlds: tuple[int, ...] = (2, 4)
+    """Numbers of ranks."""
+    repetitions: int = 15
+    """Timed rounds; in each, every case has one turn."""
+    steps: int = 4
+    """Steps of a capture."""
+
+    def run(self) -> Result:
+        """Both protocols for each number of ranks. Raises: GradtapError where a gradient is not what was sent."""
+        self.check_positive("numel", "worlds", "repetitions", "steps")
+        cases = []
+        for world_size in self.worlds:
+            for protocol, write in _WRITERS.items():
+                with tempfile.TemporaryDirectory(prefix="gradtap-bench-") as folder:
+                    path = Path(folder) / "wire.pcapng"
+                    sent = write(path, world_size=world_size, numel=self.numel, steps=self.steps)
+                    _check(path, sent, observations=world_size * self.steps)
+                    sizes = {"floats": self.numel, "steps": self.steps, "file_bytes": path.stat().st_size}
+                    cases += _time(protocol, path, self.repetitions, {"ranks": world_size, **sizes})
+        return self.report_times(cases)
 
 
 def _time(protocol: str, path: Path, repetitions: int, setting: dict[str, int]) -> list[Case]:

@@ -5,10 +5,11 @@ Starts all processes of a world, has them take turns within every repetition, an
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from rich.progress import track
 
 from harness.errors import ExchangeError, GradtapError
+from nodes.benchmarks.base import Benchmark
 from nodes.benchmarks.contenders import (
     BASELINE,
     PICKLE,
@@ -27,19 +29,37 @@ from nodes.benchmarks.contenders import (
     run_shard_server,
 )
 from nodes.benchmarks.timing import Case
+from nodes.commands.base import Result
 from nodes.console import console
 
 WARM_UP = 2
 """Repetitions before the timed ones: the first touches every page, the second finds them in place."""
 
 
-def bench_exchange(*, numel: int, worlds: Sequence[int], repetitions: int) -> list[Case]:
-    """Every way's times for each number of ranks. Raises: GradtapError where a sum is wrong or a process ends early."""
-    cases = []
-    for world_size in worlds:
-        with World(world_size, numel) as world:
-            cases += world.time(repetitions)
-    return cases
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange(Benchmark):
+    """One flat gradient averaged by Gloo's all_reduce (the baseline), by ZeroMQ where ranks serve or servers do, and by
+    a parameter server that pickles.
+    """
+
+    numel: int = 10_000_000
+    """Elements of the gradient (float32)."""
+    worlds: tuple[int, ...] = (2, 4)
+    """Numbers of ranks."""
+    repetitions: int = 15
+    """Timed rounds; in each, every case has one turn."""
+
+    def run(self) -> Result:
+        """Every way's times for each number of ranks.
+
+        Raises: GradtapError where a sum is wrong or a process ends early.
+        """
+        self.check_positive("numel", "worlds", "repetitions")
+        cases = []
+        for world_size in self.worlds:
+            with World(world_size, self.numel) as world:
+                cases += world.time(self.repetitions)
+        return self.report_times(cases)
 
 
 class World:

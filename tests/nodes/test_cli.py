@@ -10,6 +10,7 @@ import pytest
 from attack.capture.packets import LINK_ETHERNET
 from attack.capture.pcapng import PcapngWriter
 from nodes.cli import COMMANDS, main
+from nodes.commands.bench import BENCHMARKS
 
 
 def complaint(capsys: pytest.CaptureFixture[str]) -> str:
@@ -27,10 +28,19 @@ def ended(*argv: str) -> int:
         return end.code
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ended(command, "--help") == 0
+@pytest.mark.parametrize(
+    "command", [[name] for name in COMMANDS if name != "bench"] + [["bench", b] for b in BENCHMARKS]
+)
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(*command, "--help") == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_bench_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    for ask in (["--help"], ["bench", "--help"]):
+        assert ended(*ask) == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in BENCHMARKS)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +51,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         (["attack", "x.pcapng", "--out", "y"], "--model"),
         (["nonsense"], "nonsense"),
         ([], "Expected one of"),
+        (["bench"], "exchange"),
+        (["bench", "nonsense"], "nonsense"),
         (["inspect", "x.pcapng", "--", "ls"], "inspect takes no command after --"),
         (["lab", "--out", "x", "--steps", "0"], "steps: wanted 1 or more, got 0"),
         (["lab", "--out", "x", "--exchange", "mpi"], "zeromq, allreduce, ddp"),

@@ -39,12 +39,20 @@ class Directory:
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
+        self.nameless: dict[str, int | None] = {}
+        """Where some rank of some group listens, and how many ranks there are, if that was said."""
         self.version = 0
         """Counts the changes."""
 
     def add(self, name: str, rank: int, address: str, world: int | None, owner: str | None = None) -> None:
         """A rank of a group says where it listens, and perhaps how many ranks there are."""
-        group = self._groups.setdefault(name, Group(name=name, world=world))
+        group = self._groups.setdefault(name, Group(name=name))
+        if (
+            group.ranks.get(address) == rank
+            and world in (None, group.world)
+            and owner in (None, group.owners.get(rank))
+        ):
+            return
         if group.ranks.get(address, rank) != rank or rank in {r for a, r in group.ranks.items() if a != address}:
             group.ranks.clear()  # said twice, differently: a restart. What was said before no longer counts
             group.owners.clear()
@@ -54,6 +62,12 @@ class Directory:
         if world is not None:
             group.world = world
         self.version += 1
+
+    def mention(self, address: str, world: int | None) -> None:
+        """A rank listens there: nobody says which, or of which group."""
+        if address not in self.nameless or world not in (None, self.nameless[address]):
+            self.nameless[address] = world
+            self.version += 1
 
     def groups(self) -> list[Group]:
         """The newest last."""

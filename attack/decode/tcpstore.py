@@ -3,20 +3,20 @@
 Of the clients' requests only what Gloo's ranks store about themselves counts; other keys are passed over. The rank on
 the store's own host is never heard to store anything where each rank has a host, and a tap at one host hears no other
 store either. But each rank fetches what all others stored: so the server's answers are read too, each beside the
-request that it answers. Both of torch's servers, the one with libuv and the older one, speak alike. Knows nothing of
-Gloo's own connections: it writes what it learns into a `Directory`.
+request that it answers. Behind a hole, and where a stream lacks its start, listings are searched for: they are known
+by their form. Both of torch's servers, the one with libuv and the older one, speak alike. Knows nothing of Gloo's own
+connections: it writes what it learns into a `Directory`.
 """
 
 from __future__ import annotations
 
 import collections
 import enum
-import ipaddress
-import re
 from collections.abc import Iterator
 from typing import Any, Final
 
 from attack.capture.streams import Bytes, Flow
+from attack.decode.listings import Listing, ListingSearch, parse_listing
 from attack.decode.protocol import ProtocolReader
 from attack.errors import DecodeError
 
@@ -25,9 +25,6 @@ _MAGIC: Final = b"\x00" + (0x3C85F7CE).to_bytes(4, "little")
 _MAX_FIELD_BYTES: Final = 8 << 20
 """TCPStoreLibUvBackend.cpp: longest payload that a server takes."""
 _MAX_KEYS: Final = 1 << 17
-_AF_INET, _AF_INET6 = 2, 10
-_SOCKADDR_BYTES: Final = 128
-_GLOO_KEY: Final = re.compile(rb"(.*//cpu//\d+)/(\d+)", re.DOTALL)
 
 
 class Request(enum.IntEnum):
@@ -211,6 +208,7 @@ class TcpStoreReader(ProtocolReader):
     """All TCPStore connections of a capture."""
 
     name = "tcpstore"
+    joins = True
     marks_start = False
     """The middle of another stream could begin as a server's answers do."""
 
@@ -219,6 +217,9 @@ class TcpStoreReader(ProtocolReader):
         self._heads: dict[Flow, bytearray] = {}
         self._clients: dict[Flow, _Client] = {}
         self._answers: dict[Flow, _Answers] = {}  # by the client's flow
+        self._searches: dict[Flow, ListingSearch] = {}
+        self._doubted: set[Flow] = set()
+        self._recognized: set[Flow] = set()
 
     @staticmethod
     def sniff(head: bytes) -> bool | None:
@@ -232,10 +233,20 @@ class TcpStoreReader(ProtocolReader):
 
     def open(self, flow: Flow, *, from_start: bool) -> None:
         """A client's requests begin, or a server's answers: the first bytes say which."""
-        self._heads[flow] = bytearray()
+        if from_start:
+            self._heads[flow] = bytearray()
+            self._recognized.add(flow)
+        else:
+            self._searches[flow] = ListingSearch()
 
     def receive(self, flow: Flow, time: float, data: Bytes) -> None:
-        """Reads requests and answers; the rest of a stream that goes wrong is not read."""
+        """Reads requests and answers; of a stream that goes wrong, no more than listings."""
+        if (search := self._searches.get(flow)) is not None:
+            if flow not in self._doubted:
+                for listing in search.receive(data):
+                    self._recognized.add(flow)
+                    self._learn(listing, flow.source)
+            return
         if (head := self._heads.get(flow)) is not None:
             head += data
             if len(head) < len(_MAGIC):
@@ -248,26 +259,42 @@ class TcpStoreReader(ProtocolReader):
             self._settle(flow)
         else:
             answers = self._answers.setdefault(flow.reverse, _Answers())
-            if answers.readable:
+            if answers.readable and flow.reverse not in self._searches:
                 answers.rest += data
                 self._settle(flow.reverse)
+            else:
+                self._searches[flow] = ListingSearch()
+                self.receive(flow, time, data)
 
     def gap(self, flow: Flow, time: float, length: int) -> None:
-        """Neither side has anything by which it could be found again."""
-        self._give_up(flow)
+        """Neither side can be told which answer is whose any more."""
+        if (search := self._searches.get(flow)) is not None:
+            search.gap()
+            return
+        self._heads.pop(flow, None)
+        self._searches[flow] = ListingSearch()
         if self._clients.pop(flow, None) is not None:
-            self.notes.add(f"flow {flow}: a hole in a rendezvous store's requests; what follows it is not read")
+            self.notes.add(
+                f"flow {flow}: a hole in a rendezvous store's requests; behind it, listings are searched for"
+            )
+        self._give_up(flow)
 
     def doubt(self, flow: Flow, start: int, stop: int) -> None:
         """Answers are believed only where there is nothing to doubt."""
         super().doubt(flow, start, stop)
+        self._doubted.add(flow)
         self._give_up(flow)
 
     def close(self, flow: Flow) -> None:
         """Forgets a client, whose answers may still be on their way, or a server's answers."""
         self._heads.pop(flow, None)
+        self._searches.pop(flow, None)
         if self._clients.pop(flow, None) is None:
             self._answers.pop(flow.reverse, None)
+
+    def recognizes(self, flow: Flow) -> bool:
+        """A stream seen from its start was sniffed; in another, a listing must have been found."""
+        return flow in self._recognized
 
     def _ask(self, client: _Client, data: Bytes) -> None:
         answers = self._answers.setdefault(client.flow, _Answers())
@@ -275,7 +302,7 @@ class TcpStoreReader(ProtocolReader):
             for kind, fields in client.receive(data):
                 if kind in (Request.SET, Request.MULTI_SET):
                     for key, value in zip(fields[::2], fields[1::2], strict=True):
-                        self._learn(key, value, client.flow.source)
+                        self._learn(parse_listing(value, key), client.flow.source)
                 if answers.readable:
                     answers.ask(kind, fields)
         except DecodeError as error:
@@ -288,33 +315,19 @@ class TcpStoreReader(ProtocolReader):
         answers = self._answers[flow]
         try:
             for key, value in answers.settle():
-                self._learn(key, value)
+                self._learn(parse_listing(value, key))
         except DecodeError:
             answers.stop()
 
     def _give_up(self, flow: Flow) -> None:
-        """Reads no more answers on a connection."""
+        """Tells no more which answer is whose, on a connection: neither way need be the server's."""
         for client in (flow, flow.reverse):
             self._answers.setdefault(client, _Answers()).stop()
 
-    def _learn(self, key: bytes, value: bytes, owner: str | None = None) -> None:
-        """`PREFIX//cpu//N/RANK` = u64 length, host | u64 136 | sockaddr_storage, i64 | i64 for each rank, or none."""
-        if (match := _GLOO_KEY.fullmatch(key)) is None or len(value) < 8:
+    def _learn(self, listing: Listing | None, owner: str | None = None) -> None:
+        if listing is None:
             return
-        start = 8 + int.from_bytes(value[:8], "little") + 8
-        end = start + _SOCKADDR_BYTES + 8
-        if len(value) < end or int.from_bytes(value[start - 8 : start], "little") != _SOCKADDR_BYTES + 8:
-            return
-        if (address := _address(value[start:end])) is not None:
-            world = (len(value) - end) // 8 or None
-            self.directory.add(match[1].decode("utf-8", "replace"), int(match[2]), address, world, owner)
-
-
-def _address(sockaddr: bytes) -> str | None:
-    """A sockaddr as flows spell it; the port is big endian, an IPv6 address begins at byte 8."""
-    family, port = int.from_bytes(sockaddr[:2], "little"), int.from_bytes(sockaddr[2:4], "big")
-    if family == _AF_INET:
-        return f"{ipaddress.IPv4Address(sockaddr[4:8])}:{port}"
-    if family == _AF_INET6:
-        return f"[{ipaddress.IPv6Address(sockaddr[8:24])}]:{port}"
-    return None
+        if listing.group is None or listing.rank is None:
+            self.directory.mention(listing.address, listing.world)
+        else:
+            self.directory.add(listing.group, listing.rank, listing.address, listing.world, owner)

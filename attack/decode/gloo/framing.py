@@ -1,18 +1,19 @@
 """One direction of a connection between two Gloo pairs: bytes and holes in, messages out.
 
 A hole inside a payload is passed on as part of the message. One that covers a head loses the framing: it is resumed at
-the first head whose message ends exactly where another head begins. A head has 38 bytes that are the same in all of
-them, so no gradient looks like two. Knows nothing of ranks, and of collectives only their slots.
+the next head. A head has 38 bytes that are the same in all of them, and says its length twice, so no gradient looks
+like one. In a stream that has shown none yet, or none with a tag near its own, its message must besides end exactly
+where another head begins. Knows nothing of ranks, and of collectives only their slots.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Final, NamedTuple, TypeAlias
 
 from attack.capture.streams import Bytes, Flow
-from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, Head, Opcode, Slot, parse_head
+from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, Head, Kind, Opcode, Slot, parse_head
 from attack.errors import DecodeError
 
 Holes: TypeAlias = tuple[tuple[int, int], ...]
@@ -39,6 +40,15 @@ class Message(NamedTuple):
     """Of the payload's first byte, in the stream."""
 
 
+class Announcement(NamedTuple):
+    """A message will be sent, or can be received. Each message has one of either kind, both before it."""
+
+    slot: Slot
+    length: int
+    """Bytes of its payload."""
+    from_sender: bool
+
+
 class Lost(NamedTuple):
     """Where the framing was lost: the last boundary that is certain."""
 
@@ -52,7 +62,10 @@ class Resumed(NamedTuple):
     skipped: int
 
 
-Event: TypeAlias = Hello | Message | Lost | Resumed
+Event: TypeAlias = Hello | Message | Announcement | Lost | Resumed
+
+_NEAR: Final = 1 << 12
+"""Collectives between two heads of which the second is believed by itself."""
 
 
 class GlooDecoder:
@@ -69,9 +82,10 @@ class GlooDecoder:
         self._holes: list[tuple[int, int]] = []
         self._greeted = not from_start
         self._lost = not from_start
+        self._tag: int | None = 0 if from_start else None  # of a head that is certain; None: there was none
         self._trial: Message | None = None  # found in a search; proven if a head follows
-        self._trial_opcode = Opcode.SEND_UNBOUND_BUFFER
-        self._trial_head = 0  # its offset
+        self._trial_head = Head(Opcode.SEND_UNBOUND_BUFFER, Slot(Kind.BARRIER, 0, 0), 0, 0)
+        self._trial_at = 0  # its head's offset
 
     def receive(self, data: Bytes) -> Iterator[Event]:
         """Takes the next bytes. Raises: DecodeError, where they are no message and nothing was missed before."""
@@ -90,7 +104,7 @@ class GlooDecoder:
                 self._rest += view[:taken]
                 self.offset += taken
                 view = view[taken:]
-                view = self._search(view)
+                view = yield from self._search(view)
             else:
                 greeting = HELLO_BYTES if not self._greeted and len(self._rest) >= HEAD_BYTES else 0
                 want = greeting + HEAD_BYTES
@@ -152,8 +166,17 @@ class GlooDecoder:
         self._boundary = self.offset - HEAD_BYTES
         self._rest.clear()
         self._start(head)
+        self._remember(head.slot)
         if not head.payload:
             yield from self._finish_message()
+
+    def _is_near(self, slot: Slot) -> bool:
+        """Whether one head suffices. What two ranks send to each other has no tag that counts."""
+        return slot.kind is not Kind.POINT_TO_POINT and self._tag is not None and abs(slot.tag - self._tag) < _NEAR
+
+    def _remember(self, slot: Slot) -> None:
+        if slot.kind is not Kind.POINT_TO_POINT:
+            self._tag = slot.tag
 
     def _start(self, head: Head) -> None:
         self._head, self._payload, self._holes = head, bytearray(), []
@@ -164,23 +187,24 @@ class GlooDecoder:
         message = Message(head.slot, self._payload, tuple(self._holes), self.offset - len(self._payload))
         self._payload = bytearray()
         if self._lost:
-            self._trial, self._trial_opcode = message, head.opcode
+            self._trial, self._trial_head = message, head
             return
         self._boundary = self.offset
-        if head.opcode is Opcode.SEND_UNBOUND_BUFFER:
-            yield message
+        yield _told(head, message)
 
-    def _search(self, view: memoryview) -> memoryview:
+    def _search(self, view: memoryview) -> Generator[Event, None, memoryview]:
         """Looks for a head in `rest`; what comes behind one is handed back to be read as its payload."""
         at = _find_head(self._rest)
         if at is not None and (head := parse_head(self._rest, at)) is not None:
             behind = bytes(self._rest[at + HEAD_BYTES :])
             self.offset -= len(behind)
-            self._trial_head = self.offset - HEAD_BYTES
+            self._trial_at = self.offset - HEAD_BYTES
             self._rest.clear()
             self._start(head)
+            if self._is_near(head.slot):
+                yield self._resume(head)
             if not head.payload:
-                list(self._finish_message())  # becomes the trial
+                yield from self._finish_message()  # becomes the trial, where nothing is certain yet
             return memoryview(behind + bytes(view)) if behind else view
         del self._rest[: max(0, len(self._rest) - HEAD_BYTES + 1)]
         return view
@@ -191,10 +215,19 @@ class GlooDecoder:
         assert trial is not None
         if head is None:
             return  # the search goes on in `rest`
+        yield self._resume(head)
+        yield _told(self._trial_head, trial)
+
+    def _resume(self, head: Head) -> Resumed:
         self._lost = False
-        yield Resumed(self._trial_head, self._trial_head - self._boundary)
-        if self._trial_opcode is Opcode.SEND_UNBOUND_BUFFER:
-            yield trial
+        self._remember(head.slot)
+        return Resumed(self._trial_at, self._trial_at - self._boundary)
+
+
+def _told(head: Head, message: Message) -> Message | Announcement:
+    if head.opcode is Opcode.SEND_UNBOUND_BUFFER:
+        return message
+    return Announcement(head.slot, head.length, head.opcode is Opcode.NOTIFY_SEND_READY)
 
 
 def _find_head(data: bytearray) -> int | None:

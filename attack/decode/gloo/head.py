@@ -64,6 +64,8 @@ class Head(NamedTuple):
     slot: Slot
     payload: int
     """Bytes that follow it. Announcements are followed by none, whatever they announce."""
+    length: int
+    """Bytes of the payload, sent or announced."""
 
 
 def parse_head(data: Bytes, at: int = 0) -> Head | None:
@@ -81,7 +83,7 @@ def parse_head(data: Bytes, at: int = 0) -> Head | None:
     kind = Kind(slot >> 56)
     between_two = kind is Kind.POINT_TO_POINT
     parts = (slot, 0) if between_two else (slot >> 24 & 0xFFFF_FFFF, slot & 0xFF_FFFF)
-    return Head(Opcode(opcode), Slot(kind, *parts), payload)
+    return Head(Opcode(opcode), Slot(kind, *parts), payload, length)
 
 
 def pack_head(opcode: Opcode, slot: Slot, length: int) -> bytes:

@@ -95,17 +95,19 @@ class Job:
     def _advance(self, *, end: bool) -> None:
         """Reads the next collective, if enough was seen of it."""
         network, tag = self._network, self._tag
-        kinds, closed = network.kinds(tag), network.closed(tag) or end
+        kinds, closed = network.kinds(tag), self._closed(tag) or end
         # Of two collectives that are under way, the later one may be seen first.
-        if not kinds and not ((network.closed(self._horizon) or end) and network.newest > tag):
+        if not kinds and not ((self._closed(self._horizon) or end) and network.newest > tag):
             return
         if self.plan is None:
             if kinds == {Kind.ALLREDUCE} and len(self._setup) != self._unrecognized:
                 self.plan = recognize(self._setup, self._notes)
                 self._unrecognized = len(self._setup)
-            elif closed:
-                if kinds or not network.is_empty(tag, self._horizon):
-                    self._setup.append(self._read(tag, kinds))
+            elif closed and not kinds and network.is_empty(tag, self._horizon):
+                self._pass()
+                network.settle(tag)
+            elif closed and (read := self._read(tag, kinds, end=end)) is not None:
+                self._setup.append(read)
                 self._pass()
                 network.settle(tag)
         elif not kinds and network.is_empty(tag, self._horizon):
@@ -121,9 +123,14 @@ class Job:
         elif self._open is not None or not kinds:
             names = ", ".join(sorted(kind.name.lower() for kind in kinds)) or "nothing"
             self._refuse(f"wanted a bucket's all-reduce, got {names}")
-        elif closed:
-            self._take_broadcast(self._read(tag, kinds))
+        elif closed and (read := self._read(tag, kinds, end=end)) is not None:
+            self._take_broadcast(read)
             self._pass()
+
+    def _closed(self, tag: int) -> bool:
+        """Whether all ranks have come past a collective; of a link of which nothing was seen, nobody waits forever."""
+        whole = len(self._network.ring()) == self._network.world
+        return self._network.closed(tag) and (whole or self._network.held_bytes > self._patience)
 
     @property
     def _horizon(self) -> int:
@@ -134,12 +141,17 @@ class Job:
             return self._tag
         return self._tag + (len(self._layout) - self._done if self._layout else max(self.plan.count, 0))
 
-    def _read(self, tag: int, kinds: set[Kind]) -> Collective:
-        """What a collective moved, that is over."""
+    def _read(self, tag: int, kinds: set[Kind], *, end: bool) -> Collective | None:
+        """What a collective moved, that is over; None while a copy may come that has what the others lack."""
         if len(kinds) != 1:
             return Collective(Kind.ALLREDUCE, None)
         [kind] = kinds
-        return Collective(kind, joined(self._network.copies(kind, tag)))
+        content, sizes = joined(self._network.copies(kind, tag)), self._network.sizes(kind, tag)
+        if content is None and kind in (Kind.BROADCAST, Kind.ALLGATHER):
+            # A hole may be waited for that nobody will fill: a link that is idle does not say so before its end.
+            if not end and self._network.held_bytes <= self._patience:
+                return None
+        return Collective(kind, content, sizes.pop() if len(sizes) == 1 else None)
 
     def _take_broadcast(self, broadcast: Collective) -> None:
         """Between two steps: the layout of the buckets, in two parts; or the buffers."""
@@ -175,7 +187,7 @@ class Job:
         links, tag, bucket = self._network.ring(), self._tag, self._layout[self._done]
         elements = sum(part.stop - part.start for part in bucket)
         ring = Ring(self.format.bytes * elements, self._network.world, self.format.bytes)
-        if not (is_whole(ring, links, tag) or end or self._network.closed(self._horizon)):
+        if not (is_whole(ring, links, tag) or end or self._closed(self._horizon)):
             return
         if not agrees(ring, links, tag):
             if self._open is None:
@@ -243,7 +255,7 @@ class Job:
         starts, stop, layout = set(offsets[:-1]), offsets[-1], []
         while stop:
             total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
-            if total is None or (start := stop - total // 4) not in starts or not (end or network.closed(tag)):
+            if total is None or (start := stop - total // 4) not in starts or not (end or self._closed(tag)):
                 return []
             layout.append(tuple(part for part in whole if start <= part.start < stop))
             stop, tag = start, tag + 1
@@ -263,7 +275,7 @@ class Job:
             total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
             if totals and state is not None and start == state.size:
                 break
-            if total is None or total > FLAT_BUCKET_BYTES or not (end or network.closed(tag)):
+            if total is None or total > FLAT_BUCKET_BYTES or not (end or self._closed(tag)):
                 return []
             totals.append(total)
             layout.append((slice(start, start + total // 4),))

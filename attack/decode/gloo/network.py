@@ -12,7 +12,8 @@ from typing import NamedTuple
 from attack.capture.streams import Flow
 from attack.decode.directory import Directory
 from attack.decode.gloo.framing import Message
-from attack.decode.gloo.head import HEAD_BYTES, Kind
+from attack.decode.gloo.head import HEAD_BYTES, Kind, Slot
+from attack.decode.gloo.seats import Connection, seat
 from attack.decode.gloo.tally import Tally
 
 ALL_TAGS = (1 << 32) - 1
@@ -46,6 +47,10 @@ class Link:
     """Highest tag of a payload."""
     slots: dict[tuple[Kind, int], list[Seen]] = dataclasses.field(default_factory=dict)
     doubts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    announced: dict[tuple[Kind, int], set[int]] = dataclasses.field(default_factory=dict)
+    """Bytes of the payloads that its sender was going to send, by collective."""
+    carries: set[Kind] = dataclasses.field(default_factory=set)
+    """Kinds of collectives for which its sender sends."""
 
 
 class Network:
@@ -108,9 +113,8 @@ class Network:
             return True  # its tag counts nothing
         for start, stop in link.doubts:
             message = _doubted(message, start, stop)
-        epoch = len(link.losses)
-        first, _ = link.spans.get(tag, (epoch, epoch))
-        link.spans[tag] = (first, epoch)
+        epoch = self._pass(link, tag)
+        self._carry(link, message.slot.kind)
         link.newest = max(link.newest, tag)
         self.changed = True
         if tag <= self.taken:
@@ -118,6 +122,17 @@ class Network:
         self.held_bytes += len(message.payload)
         link.slots.setdefault((message.slot.kind, tag), []).append(Seen(message, epoch))
         return True
+
+    def announce(self, flow: Flow, slot: Slot, length: int, *, from_sender: bool) -> None:
+        """The sender of this flow, or else that of the other direction, is going to send a payload."""
+        if slot.kind is Kind.POINT_TO_POINT:
+            return
+        self._pass(self.links[flow], slot.tag)
+        link = self.links.get(flow if from_sender else flow.reverse)
+        if link is not None:
+            self._carry(link, slot.kind)
+            if slot.tag > self.taken:
+                link.announced.setdefault((slot.kind, slot.tag), set()).add(length)
 
     def lose(self, flow: Flow) -> None:
         """From here on, messages of this flow may be missed."""
@@ -188,8 +203,15 @@ class Network:
         )
 
     def kinds(self, tag: int) -> set[Kind]:
-        """What the payloads of a tag say that it is; empty where none was seen."""
-        return {kind for link in self.members().values() for kind, other in link.slots if other == tag}
+        """What the payloads of a tag, and their announcements, say that it is; empty where none was seen."""
+        links = self.members().values()
+        return {kind for link in links for kind, other in (*link.slots, *link.announced) if other == tag}
+
+    def sizes(self, kind: Kind, tag: int) -> set[int]:
+        """Bytes that the messages of a collective have, as they or their announcements say it."""
+        links = self.members().values()
+        sizes = {size for link in links for size in link.announced.get((kind, tag), ())}
+        return sizes | {len(one.message.payload) for link in links for one in link.slots.get((kind, tag), ())}
 
     def copies(self, kind: Kind, tag: int) -> list[list[Message]]:
         """The payloads of a tag, by link."""
@@ -202,6 +224,8 @@ class Network:
         for link in self.links.values():
             for slot in [slot for slot in link.slots if slot[1] <= tag]:
                 self.held_bytes -= sum(len(seen.message.payload) for seen in link.slots.pop(slot))
+            for slot in [slot for slot in link.announced if slot[1] <= tag]:
+                del link.announced[slot]
 
     def settle(self, tag: int) -> None:
         """Says that no rank begins a later collective before it has ended those up to this tag."""
@@ -219,6 +243,18 @@ class Network:
         """Highest tag of a payload in the group."""
         return max((link.newest for link in self.members().values()), default=-1)
 
+    def _pass(self, link: Link, tag: int) -> int:
+        """A link is at a collective. Returns how many losses it had before."""
+        epoch = len(link.losses)
+        first, _ = link.spans.get(tag, (epoch, epoch))
+        link.spans[tag] = (first, epoch)
+        return epoch
+
+    def _carry(self, link: Link, kind: Kind) -> None:
+        if kind not in link.carries:
+            link.carries.add(kind)
+            self._ranks = None
+
     def _place(self) -> None:
         if self._ranks is not None and self._version == self._directory.version:
             return
@@ -227,46 +263,64 @@ class Network:
         # A hole may have followed a greeting: then the flow proves itself later.
         proven = {flow: rank for flow, rank in self._hints.items() if flow in self.links and self.links[flow].proven}
         greetings = {**proven, **self._greetings}
-        ranks, world = self._by_directory(greetings) or self._by_greetings(greetings)
-        self._world = world
+        listeners, world = self._by_directory(greetings)
         if world is None:
+            named, world = self._by_greetings(greetings)
+            listeners = {**named}
+        if world is None:
+            self._world = self._by_two(greetings)
             return
-        for greeted, rank in {**greetings, **self._by_elimination(ranks, world, greetings)}.items():
-            if (other := ranks.get(greeted.destination)) is not None and rank < world:
-                self._ranks[greeted] = (rank, other)
-                self._ranks[greeted.reverse] = (other, rank)
-        self._ranks = {flow: pair for flow, pair in self._ranks.items() if flow in self.links}
+        self._world = world
+        connections = {
+            flow: Connection(
+                greetings.get(flow, self._hints.get(flow)), self._reduces(flow), self._reduces(flow.reverse)
+            )
+            for flow in {*self._hints, *(flow for flow, link in self.links.items() if link.proven or flow in greetings)}
+            if flow.destination in listeners
+        }
+        ranks, others = seat(connections, listeners, world)
+        for flow, rank in ranks.items():
+            if (other := others.get(flow.destination)) is not None:
+                pairs = ((flow, (rank, other)), (flow.reverse, (other, rank)))
+                self._ranks.update((way, pair) for way, pair in pairs if way in self.links)
 
-    def _by_directory(self, greetings: dict[Flow, int]) -> tuple[dict[str, int], int] | None:
-        """The first group that a store names and of which a connection was seen."""
+    def _reduces(self, flow: Flow) -> bool:
+        return flow in self.links and Kind.ALLREDUCE in self.links[flow].carries
+
+    def _by_directory(self, greetings: dict[Flow, int]) -> tuple[dict[str, int | None], int | None]:
+        """The listeners of the first group that a store names and of which a connection was seen."""
         targets = {flow.destination for flow in greetings}
         targets |= {end for flow, link in self.links.items() if link.proven for end in (flow.source, flow.destination)}
-        for group in self._directory.groups():
-            if group.world and targets & group.ranks.keys():
-                return dict(group.ranks), group.world
-        return None
+        groups, nameless = self._directory.groups(), self._directory.nameless
+        for group in groups:
+            # Where there is one group only, addresses without a name are of its ranks.
+            others = nameless if len(groups) == 1 else {}
+            listeners = {**dict.fromkeys(others), **group.ranks}
+            world = group.world or max((size or 0 for size in others.values()), default=0)
+            if world and targets & listeners.keys():
+                return (listeners if len(listeners) <= world else {**group.ranks}), world
+        worlds = set(nameless.values())
+        if not groups and len(worlds) == 1 and (size := worlds.pop()) and targets & nameless.keys():
+            return (dict.fromkeys(nameless), size) if len(nameless) <= size else ({}, None)
+        return {}, None
 
-    def _by_elimination(self, ranks: dict[str, int], world: int, greetings: dict[Flow, int]) -> dict[Flow, int]:
-        """Each two ranks have one connection: so where all others have greeted a rank, or heard its greeting, and one
-        connection to it has lost its own, that is the rank that is left."""
-        everyone = {**self._hints, **greetings}
-        met: dict[int, set[int]] = {rank: {rank} for rank in range(world)}
-        for flow, rank in everyone.items():
-            if (other := ranks.get(flow.destination)) is not None and rank < world:
-                met[rank].add(other)
-                met[other].add(rank)
-        silent: dict[int, set[Flow]] = {}
-        for flow, link in self.links.items():
-            if link.proven and not {flow, flow.reverse} & greetings.keys():
-                for way in (flow, flow.reverse):
-                    if way.destination in ranks:
-                        silent.setdefault(ranks[way.destination], set()).add(way)
-        answer: dict[Flow, int] = {}
-        for rank, flows in silent.items():
-            left = set(range(world)) - met.get(rank, set(range(world)))
-            if len(flows) == len(left) == 1:
-                answer[flows.pop()] = left.pop()
-        return answer
+    def _by_two(self, greetings: dict[Flow, int]) -> int | None:
+        """Where all-reduces go both ways, there are two ranks: one way, what DDP broadcasts from rank 0.
+
+        Returns: 2, once that is proven.
+        """
+        assert self._ranks is not None
+        pairs = [flow for flow in self.links if self._reduces(flow) and self._reduces(flow.reverse)]
+        if len(pairs) != 2 or any(link.proven and flow not in pairs for flow, link in self.links.items()):
+            return None
+        broadcasting = [flow for flow in pairs if Kind.BROADCAST in self.links[flow].carries]
+        greeted = [flow if greetings[flow] else flow.reverse for flow in pairs if greetings.get(flow) in (0, 1)]
+        zeros = {*broadcasting, *(flow.reverse for flow in greeted)}
+        if len(zeros) != 1:
+            return None
+        zero = zeros.pop()
+        self._ranks |= {zero: (0, 1), zero.reverse: (1, 0)}
+        return 2
 
     def _by_greetings(self, greetings: dict[Flow, int]) -> tuple[dict[str, int], int | None]:
         """Of two ranks the one with the higher address connects. So where all pairs of P ranks did, the addresses that

@@ -15,6 +15,8 @@ from attack.decode.gloo.framing import Message
 from attack.observation import Shapes
 
 _MAX_DIMENSIONS = 8
+_MAX_UNSEEN_COUNT = 512
+"""Parameters of a model whose number of them was not seen: all numbers are tried."""
 _MAX_WAYS = 64
 """To read shapes; as many as this are too many to choose from."""
 
@@ -44,22 +46,26 @@ def joined(copies: Sequence[Sequence[Message]]) -> bytearray | None:
     return bytearray(content) if content is not None and known.all() else None
 
 
-def parse_shapes(payload: bytes | bytearray, count: int, most: int | None) -> Shapes | None:
+def parse_shapes(payload: bytes | bytearray, count: int | None, most: int | None) -> Shapes | None:
     """int64: of each parameter its sizes, then its strides; nothing says where one ends.
 
     A contiguous tensor's strides follow from its sizes, which leaves few ways to read them. Shapes that lie otherwise
     in memory (channels last) are refused: their gradients would be in another order.
 
     Args:
-        count: of parameters.
+        count: of parameters; None where it was not seen: then the state must have been.
         most: elements that the state has: all parameters, and the buffers. None where it was not seen.
 
     Returns: the one way that has all of the state's elements; else the one that has no more, and no tensor without
         dimensions; None where that leaves none, or a choice. The first step's sums must confirm the number of elements.
     """
-    if len(payload) % 8:
+    if len(payload) % 8 or (count is None and most is None):
         return None
     numbers = np.frombuffer(payload, "<i8").tolist()
+    if count is None:
+        counts = range(1, min(len(numbers) // 2, _MAX_UNSEEN_COUNT) + 1)
+        found = [way for number in counts for way in _ways(numbers, number, 1) if sum(map(math.prod, way)) == most]
+        return found[0] if len(found) == 1 else None
     for least in (1, 0):  # dimensions
         ways = _ways(numbers, count, least)
         totals = [sum(map(math.prod, way)) for way in ways]

@@ -10,7 +10,7 @@ from typing import Any
 
 from attack.capture.streams import Bytes, Flow
 from attack.decode.directory import DEFAULT
-from attack.decode.gloo.framing import Event, GlooDecoder, Hello, Lost, Message, Resumed
+from attack.decode.gloo.framing import Announcement, Event, GlooDecoder, Hello, Lost, Message, Resumed
 from attack.decode.gloo.group import Group
 from attack.decode.gloo.head import HEAD_BYTES, HELLO_BYTES, MAX_WORLD, parse_head
 from attack.decode.gloo.network import Network
@@ -169,6 +169,8 @@ class GlooReader(ProtocolReader):
                             self.notes.add(
                                 f"flow {flow}: a payload of collective {event.slot.tag} came too late to count"
                             )
+                    case Announcement(slot=slot, length=length, from_sender=from_sender):
+                        network.announce(flow, slot, length, from_sender=from_sender)
                     case Hello(rank=rank):
                         network.greet(flow, rank)
                     case Lost(offset=offset):

@@ -32,6 +32,8 @@ class Collective(NamedTuple):
     kind: Kind
     content: bytearray | None
     """What it moved, where all of it was seen and no copy differs."""
+    size: int | None = None
+    """Bytes of that, as a broadcast's messages or announcements say it."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -68,17 +70,20 @@ def recognize(setup: Sequence[Collective], notes: Notes) -> Plan | None:
 def _recognize_ddp(setup: Sequence[Collective], notes: Notes) -> Plan | None:
     """All-gather of an i64, the number of parameters; broadcasts of shapes, of float32 state, of other state."""
     contents = [one.content for one in setup[1:] if one.kind is Kind.BROADCAST]
+    sizes = [one.size for one in setup[1:]]
     number = setup[0].content
-    count = int.from_bytes(number[:8], "little") if number is not None else 0
-    if len(contents) != len(setup) - 1 or len(contents) < 2 or not 0 < count <= MAX_PARAMETERS:
+    count: int | None = int.from_bytes(number[:8], "little") if number is not None else 0
+    if len(contents) != len(setup) - 1 or len(contents) < 2:
         return None
+    if not count or count > MAX_PARAMETERS:
+        count = None  # a part of the number may be missing on every link
     # torch cuts the state at 250 MiB; what is behind it is of other types, then what the first step sends.
-    cut = next((at for at, part in enumerate(contents[1:], 1) if part is None or len(part) < _STATE_CUT_BYTES), 1)
-    known = [len(part) for part in contents[1 : cut + 1] if part is not None]
+    cut = next((at for at, size in enumerate(sizes[1:], 1) if size is None or size < _STATE_CUT_BYTES), 1)
+    known = [size for size in sizes[1 : cut + 1] if size is not None]
     most = sum(known) // 4 if len(known) == cut else None
     shapes = parse_shapes(contents[0], count, most) if contents[0] is not None else None
     if shapes is None:
-        notes.add(f"DDP: the shapes of {count} parameters cannot be told from what was broadcast")
+        notes.add(f"DDP: the shapes of {count or 'its'} parameters cannot be told from what was broadcast")
         return None
     plan = Plan(flat=False, shapes=shapes, weights=None, offsets=(0, *accumulate(map(math.prod, shapes))))
     want, state, at = 4 * plan.offsets[-1], bytearray(), 1

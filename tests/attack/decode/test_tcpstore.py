@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from attack.capture.streams import Flow
 from attack.decode.directory import Directory
+from attack.decode.listings import ListingSearch
 from attack.decode.notes import Notes
 from attack.decode.tcpstore import TcpStoreReader
 
@@ -139,3 +142,46 @@ def test_a_rank_that_moves_makes_a_new_group() -> None:
     directory.add("0", 1, "a:2", 2)
     directory.add("0", 1, "a:3", 2)
     assert directory.groups()[0].ranks == {"a:3": 1}
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+def test_behind_a_hole_listings_are_found_by_their_form(size: int) -> None:
+    """Requests name the rank; answers say no more than that some rank listens there."""
+    for stream, flow, cut in ((REQUESTED + STREAM, FLOW, 30), (ANSWERED, FLOW.reverse, 13)):
+        directory = Directory()
+        reader = TcpStoreReader(notes=Notes(), directory=directory, optimizer=None, run=None)
+        reader.open(flow, from_start=True)
+        reader.receive(flow, 0.0, stream[: cut - 10])
+        reader.gap(flow, 0.0, 10)
+        for at in range(cut, len(stream), size):
+            reader.receive(flow, 0.0, stream[at : at + size])
+        if flow == FLOW:
+            assert {(a, r) for group in directory.groups() for a, r in group.ranks.items()} == {
+                ("[::1]:4711", 1),
+                ("10.0.0.7:80", 0),
+            }
+        else:
+            assert directory.nameless == {"10.0.0.7:4711": 2, "10.0.0.8:80": 2} and not directory.groups()
+
+
+def test_a_listing_with_a_hole_in_it_is_none() -> None:
+    for start in range(150, len(STREAM) - 10, 23):
+        directory = Directory()
+        reader = TcpStoreReader(notes=Notes(), directory=directory, optimizer=None, run=None)
+        reader.open(FLOW, from_start=False)
+        reader.receive(FLOW, 0.0, STREAM[:start])
+        reader.gap(FLOW, 0.0, 3)
+        reader.receive(FLOW, 0.0, STREAM[start + 3 :])
+        found = {(a, r) for group in directory.groups() for a, r in group.ranks.items()}
+        assert found <= {("[::1]:4711", 1), ("10.0.0.7:80", 0)}
+
+
+def test_random_bytes_hold_no_listing() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        data = bytearray(STREAM + ANSWERED)
+        for _ in range(20):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        search = ListingSearch()
+        for listing in search.receive(bytes(data)):
+            assert listing.rank is None or listing.group is not None

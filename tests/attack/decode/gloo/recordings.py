@@ -57,6 +57,9 @@ CASES = (
 )
 
 
+LARGER = Case(world=4)
+
+
 def record_many(jobs: list[dict[str, Any]], run: Path, *, world: int, ipv6: bool = False) -> Path:
     """Runs the script with many models in a lab, and returns its run folder."""
     run.mkdir(parents=True)

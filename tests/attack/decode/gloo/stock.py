@@ -1,6 +1,6 @@
 """A stock DistributedDataParallel script that knows nothing of this project, but leaves the truth behind.
 
-    torchrun --nproc-per-node 2 stock.py OUT [norm] [unused] [static] [half]
+    torchrun --nproc-per-node 2 stock.py OUT [norm] [unused] [static] [half] [wide] [buckets]
 
 OUT/step{S}.rank{R}.npz has the gradient that the rank computed without DDP, and the weights it was taken at.
 """
@@ -29,13 +29,15 @@ def main(out: str, *options: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(rank)  # every rank has weights of its own, until DDP broadcasts those of rank 0
-    layers = [nn.Linear(7, 11), *([nn.BatchNorm1d(11)] if "norm" in options else []), nn.ReLU(), nn.Linear(11, 3)]
+    width = 300 if "wide" in options else 11
+    layers = [nn.Linear(7, width), *([nn.BatchNorm1d(width)] if "norm" in options else []), nn.ReLU()]
+    layers += [nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 3)] if "wide" in options else [nn.Linear(11, 3)]
     model = nn.Sequential(*layers)
     ddp = DistributedDataParallel(
         model,
         find_unused_parameters="unused" in options,
         static_graph="static" in options,
-        bucket_cap_mb=0.0002 if "unused" in options else 25,
+        bucket_cap_mb=0.0002 if "unused" in options else 0.05 if "buckets" in options else 25,
     )
     if "half" in options:
         ddp.register_comm_hook(None, fp16_compress_hook)

@@ -40,10 +40,10 @@ def test_a_head_and_its_parts() -> None:
     data = pack_head(Opcode.SEND_UNBOUND_BUFFER, SLOT, 12)
     assert len(data) == 48
     head = parse_head(data)
-    assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, SLOT, 12)
+    assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, SLOT, 12, 12)
     between_two = Slot(Kind.POINT_TO_POINT, 0x1234_5678, 0)
     head = parse_head(pack_head(Opcode.SEND_UNBOUND_BUFFER, between_two, 12))
-    assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, between_two, 12)
+    assert head is not None and head == (Opcode.SEND_UNBOUND_BUFFER, between_two, 12, 12)
     assert parse_head(bytes(48)) is None
     assert parse_head(data[:16] + b"\x09" * 8 + data[24:]) is None  # of no kind
 

@@ -48,14 +48,16 @@ def sizes(seen: list[StreamEvent]) -> dict[Flow, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7])
-def test_a_late_tap_knows_the_protocol_and_claims_nothing(case: Case, share: float) -> None:
+def test_a_late_tap_knows_the_protocol_and_claims_nothing_wrong(case: Case, share: float) -> None:
     seen, truth = recorded(case)
     length = sizes(seen)
     found, desk = observe(list(joined_late(seen, lambda flow: max(1, int(share * length.get(flow, 0))))))
     check(truth, found)
-    assert not any(one.known.any() for one in found)
-    assert "which rank is which" in " ".join(desk.notes.lines())
-    assert "joined in the middle" in " ".join(desk.notes.lines())
+    notes = " ".join(desk.notes.lines())
+    if share > 0.1:  # the job's beginning was missed
+        assert not any(one.known.any() for one in found)
+        assert "which rank is which" in notes or "not seen how the job began" in notes
+    assert "joined in the middle" in notes
     assert "gloo" in {stream.protocol for stream in desk._streams.values()}
 
 
@@ -81,7 +83,7 @@ def test_the_store_and_the_other_greetings_name_the_rank_whose_greeting_was_miss
     assert all(one.known.any() for one in found), desk.notes.lines()
 
 
-def test_two_missed_greetings_leave_the_ranks_unnamed() -> None:
+def test_the_ring_names_the_ranks_whose_greetings_were_missed() -> None:
     job = PaperJob(world=3)
     missed = [
         at for at, (flow, data) in enumerate(job.writes) if len(data) == 8 and flow.destination.startswith("10.0.0.1:")
@@ -89,7 +91,7 @@ def test_two_missed_greetings_leave_the_ranks_unnamed() -> None:
     assert len(missed) == 2
     found, _ = observe(list(events(job.writes, lost=lambda index, _: index in missed)))
     check(job.truth, found)
-    assert not any(one.complete for one in found)
+    assert len(found) == 9 and any(one.complete for one in found)
 
 
 @pytest.mark.parametrize("world", [4, 5, 6])
@@ -143,7 +145,8 @@ def paper(world: int, seed: int) -> tuple[list[StreamEvent], dict[str, np.ndarra
 
 def test_payloads_of_nobody_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attack.decode.gloo.group.MAX_WAITING_BYTES", 1000)
-    seen, _ = paper(2, 0)
+    job = PaperJob(world=3)
+    seen = list(events([write for write in job.writes if write[0] != job.store]))
     found, desk = observe(list(joined_late(seen, lambda flow: 20)))
     network = desk._readers[-1]._everyone.network  # type: ignore[attr-defined]
     assert not found and network.held_bytes == 0 and not any(link.slots for link in network.links.values())

@@ -11,14 +11,15 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from attack.decode.gloo.formats import Float, numbers
 from attack.decode.gloo.framing import Message
 from attack.decode.gloo.head import Kind
-from attack.decode.gloo.inversion import Float32, Mask, Rule, numbers, own_part
+from attack.decode.gloo.inversion import Mask, Rule, own_part
 from attack.decode.gloo.network import Link
 from attack.decode.gloo.ring import Part, Ring, align, totals
 from attack.decode.notes import Notes
@@ -29,14 +30,14 @@ from attack.observation import Known
 class Vector:
     """One rank's part of a sum."""
 
-    values: Float32
+    values: Float
     known: Mask
-    bound: Float32
+    bound: Float
 
     @classmethod
-    def unknown(cls, size: int) -> Vector:
+    def unknown(cls, size: int, dtype: npt.DTypeLike) -> Vector:
         """Nothing is known of it."""
-        return cls(values=np.zeros(size, np.float32), known=np.zeros(size, np.uint8), bound=np.zeros(size, np.float32))
+        return cls(values=np.zeros(size, dtype), known=np.zeros(size, np.uint8), bound=np.zeros(size, dtype))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -44,18 +45,24 @@ class Gradients:
     """What a step's all-reduces give away."""
 
     ranks: list[Vector]
-    total: Float32
+    total: Float
     """The sum, as every rank got it."""
     total_known: npt.NDArray[np.bool_]
 
     @classmethod
-    def unknown(cls, size: int, *, world: int) -> Gradients:
+    def unknown(cls, size: int, *, world: int, dtype: npt.DTypeLike) -> Gradients:
         """Nothing is known yet."""
-        ranks = [Vector.unknown(size) for _ in range(world)]
-        return cls(ranks=ranks, total=np.zeros(size, np.float32), total_known=np.zeros(size, np.bool_))
+        ranks = [Vector.unknown(size, dtype) for _ in range(world)]
+        return cls(ranks=ranks, total=np.zeros(size, dtype), total_known=np.zeros(size, np.bool_))
+
+    def arrays(self) -> Iterator[npt.NDArray[Any]]:
+        """All that it holds of each element."""
+        for vector in self.ranks:
+            yield from (vector.values, vector.known, vector.bound)
+        yield from (self.total, self.total_known)
 
 
-_Sum: TypeAlias = tuple[Float32, npt.NDArray[np.bool_] | None]
+_Sum: TypeAlias = tuple[Float, npt.NDArray[np.bool_] | None]
 """A partial sum, and where it is known; None: everywhere."""
 
 
@@ -102,7 +109,8 @@ class _Sums:
             return None
         (first, known), *others = copies
         for values, more in others:
-            same = first.view(np.uint32) == values.view(np.uint32)
+            bits = f"u{first.itemsize}"
+            same = first.view(bits) == values.view(bits)
             if known is None and more is None and same.all():
                 continue
             known = np.ones(len(first), np.bool_) if known is None else known
@@ -158,6 +166,20 @@ def take_apart(
                 into.total[where], into.total_known[where] = values, True if known is None else known[inside]
     if sums.disputed:
         notes.add(f"collective {tags[1]}: {sums.disputed} elements differ between two links: left unknown")
+
+
+def partial_sums(
+    ring: Ring, links: dict[int, Link], *, tags: tuple[int, int, int]
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Of the same elements the payloads before a rank added its own, and after; arguments as those of `take_apart`."""
+    seen: dict[Part, bytearray] = {}
+    for rank, link in links.items():
+        for part, message in _placed(ring, rank, link, tags, Notes()):
+            if not message.holes:
+                seen.setdefault(part, message.payload)
+    for part, after in seen.items():
+        if (before := seen.get(Part(part.segment, part.hop - 1))) is not None:
+            yield memoryview(before), memoryview(after)
 
 
 def solve_total(links: dict[int, Link], tag: int, *, world: int, element: int) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from attack.decode.directory import DEFAULT, Directory
-from attack.decode.gloo.inversion import FLOAT32
+from attack.decode.gloo.formats import BFLOAT16, FLOAT16, FLOAT64
 from attack.decode.gloo.job import Job, Step
 from attack.decode.gloo.network import ALL_TAGS, Network
 from attack.decode.notes import Notes
@@ -79,14 +79,14 @@ class Group:
         assert plan is not None and plan.shapes is not None
         if not self._began:
             self._began = True
-            if self.job.format is not FLOAT32:
-                self._notes.add(f"gradients of two bytes, read as {self.job.format.name}: so they are spread")
             if plan.weights is not None:
-                initial = torch.from_numpy(plan.weights)
+                initial = torch.from_numpy(plan.weights).to(self._dtype)
                 self._shadow = Shadow(weights=initial, step=step.step, shapes=plan.shapes, optimizer=self._optimizer)
             else:
                 self._notes.add("the initial weights were not seen whole: no step's weights are known")
         weights = self._shadow.weights(step.step) if self._shadow is not None else None
+        if weights is not None:
+            weights = weights.to(torch.from_numpy(step.seen.total).dtype)
         average = torch.from_numpy(step.seen.total) if step.seen.total_known.all() else None
         if plan.flat and average is not None:
             average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
@@ -106,7 +106,14 @@ class Group:
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
-                defense=None if self.job.format is FLOAT32 else f"{self.job.format.name} on the wire",
+                defense=f"{self.job.format.name} on the wire" if self.job.format in (FLOAT16, BFLOAT16) else None,
             )
         if self._shadow is not None:
-            self._shadow.advance(step.step, average)
+            self._shadow.advance(step.step, None if average is None else average.to(self._dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the model."""
+        fmt = self.job.plan.format if self.job.plan is not None else None
+        narrow = {FLOAT64: torch.float64, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+        return torch.float32 if fmt is None else narrow.get(fmt, torch.float32)

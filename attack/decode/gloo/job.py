@@ -13,28 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 
-from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
+from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, take_apart
+from attack.decode.gloo.formats import FLOAT16, FLOAT32, Float, Format, numbers
 from attack.decode.gloo.head import Kind
-from attack.decode.gloo.inversion import FLOAT16, FLOAT32, Float32, Rule, Sending, looks_like_float16
+from attack.decode.gloo.inversion import Rule, Sending
+from attack.decode.gloo.layout import Bucket, Finder
 from attack.decode.gloo.network import Network
-from attack.decode.gloo.parameters import begins_layout, joined, parse_layout
-from attack.decode.gloo.ring import Ring
+from attack.decode.gloo.parameters import Layout, begins_layout, joined, parse_layout
 from attack.decode.gloo.setup import Collective, Plan, recognize
 from attack.decode.notes import Notes
 
-FLAT_BUCKET_BYTES = 25 << 20
-"""Of the project's own all-reduce."""
 MAX_SKIPPED = 16
 """All-reduces before the first step that are none of its buckets."""
 MIN_PATIENCE_BYTES = 64 << 20
-
-Bucket: TypeAlias = tuple[slice, ...]
-"""What a bucket holds of the flat gradient, in its own order."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -43,7 +37,7 @@ class Step:
 
     step: int
     seen: Gradients
-    buffers: Float32 | None
+    buffers: Float | None
     """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
     first_tag: int
 
@@ -53,8 +47,6 @@ class Job:
 
     def __init__(self, network: Network, notes: Notes) -> None:
         self.plan: Plan | None = None
-        self.format = FLOAT32
-        """Of the gradients on the wire."""
         self._network = network
         self._notes = notes
         self._tag = 0  # the next collective
@@ -67,7 +59,7 @@ class Job:
         self._regular = True  # never anything but buckets and broadcasts before each step
         self._prologue = 0  # broadcasts before the next step, so far
         self._usual_prologue: int | None = None  # before the last step, once the layout was settled
-        self._buffers: Float32 | None = None  # for the next step
+        self._buffers: Float | None = None  # for the next step
         self._looked = -1  # the collective that all had come past when the layout was last looked for
         self._open: Step | None = None
         self._done = 0  # buckets of the open step
@@ -167,7 +159,7 @@ class Job:
                 self._refuse("wanted the layout of the buckets, got other numbers, or not all of them")
                 return
             parameters = [slice(*plan.offsets[index : index + 2]) for index in range(plan.count)]
-            self._layout = [tuple(parameters[index] for index in bucket) for bucket in layout]
+            self._layout = [Bucket(tuple(parameters[index] for index in bucket), self.format) for bucket in layout]
             self._layout_settled = True
             return
         if content is None and not self._layout_settled:
@@ -176,8 +168,9 @@ class Job:
             self._indices = content
             return
         elif plan.buffers is not None and not self._prologue:
-            whole = content is not None and len(content) == plan.buffers.nbytes
-            self._buffers = np.frombuffer(content, "<f4") if whole and content is not None else None
+            fmt, size = plan.format or FLOAT32, plan.buffers.size
+            whole = content is not None and len(content) == size * fmt.bytes
+            self._buffers = numbers(memoryview(content), fmt) if whole and content is not None else None
         self._prologue += 1
 
     def _read_bucket(self, *, closed: bool, end: bool) -> None:
@@ -185,8 +178,7 @@ class Job:
         if not self._layout and not self._find_layout(closed=closed, end=end):
             return
         links, tag, bucket = self._network.ring(), self._tag, self._layout[self._done]
-        elements = sum(part.stop - part.start for part in bucket)
-        ring = Ring(self.format.bytes * elements, self._network.world, self.format.bytes)
+        ring = bucket.ring(self._network.world)
         if not (is_whole(ring, links, tag) or end or self._closed(self._horizon)):
             return
         if not agrees(ring, links, tag):
@@ -196,13 +188,13 @@ class Job:
                 self._refuse(f"wanted a bucket of {ring.total} bytes, got an all-reduce of another size")
             return
         step = self._open if self._open is not None else self._begin_step()
-        sending = Sending.PLAIN if self.plan.flat else Sending.DIVIDED if self.format is FLOAT32 else Sending.CAST
+        sending = Sending.PLAIN if self.plan.flat else self._sending(bucket.format)
         take_apart(
             ring,
             links,
             tags=(step.first_tag, tag, self._horizon),
-            rule=Rule(self.format, sending, ring.world),
-            bucket=bucket,
+            rule=Rule(bucket.format, sending, ring.world),
+            bucket=bucket.parts,
             into=step.seen,
             notes=self._notes,
         )
@@ -219,91 +211,63 @@ class Job:
             return False
         self._looked = self._network.oldest
         assert self.plan is not None
+        finder = Finder(self._network, self.plan, lambda tag: end or self._closed(tag))
         for tag in range(self._tag, min(self._network.newest, self._tag + MAX_SKIPPED) + 1):
-            found = self._flat_layout(tag, end=end) if self.plan.flat else self._model_layout(tag, end=end)
+            found = finder.flat(tag) if self.plan.flat else finder.model(tag, next_one=tag == self._tag)
             if found:
                 for _ in range(self._tag, tag):
                     self._skip("an all-reduce before the first step")
-                self._layout = found
+                self._begin(found)
                 return True
             if self.plan.flat:
                 break
         if end or self._network.held_bytes > self._patience:
             self._refuse(
-                "the sizes of the first step's messages are not those of its parameters, in float32 or float16"
+                "the sizes of the first step's sums are not those of its parameters, or it cannot be told in which "
+                "number format they are"
             )
         return False
 
-    def _model_layout(self, tag: int, *, end: bool) -> list[Bucket]:
-        """DDP's, if its first bucket is at `tag`: all parameters in order; else from the last parameter to the first.
+    def _begin(self, layout: list[Bucket]) -> None:
+        """The first step's buckets are known, and with them what the state is."""
+        plan, self._layout = self.plan, layout
+        assert plan is not None
+        if plan.flat:
+            assert plan.weights is not None
+            size, rest = layout[-1].parts[-1].stop, None
+            plan.tensors, plan.offsets = (Layout((size,), (1,)),), (0, size)
+            plan.weights, rest = plan.weights[:size], plan.weights[size:]
+            plan.buffers = rest if rest.size else None
+        else:
+            plan.settle(layout[0].format)
+        self._layout_settled = plan.flat or len(layout) > 1
 
-        Only in the first case the final layout is broadcast directly behind the first step.
-        """
+    @property
+    def format(self) -> Format:
+        """Of the gradients on the wire."""
+        return self._layout[0].format if self._layout else FLOAT32
+
+    @property
+    def _dtype(self) -> type[np.float32] | type[np.float64]:
+        """Of what is decoded: as wide as the gradients on the wire, and as the model's state."""
         assert self.plan is not None
-        offsets, network = self.plan.offsets, self._network
-        whole = tuple(slice(*pair) for pair in pairwise(offsets))
-        broadcasts = [
-            part.payload for copy in network.copies(Kind.BROADCAST, tag + 1) for part in copy if not part.holes
-        ]
-        if tag == self._tag and any(begins_layout(payload, self.plan.count) for payload in broadcasts):
-            for fmt in (FLOAT32, FLOAT16):
-                ring = Ring(fmt.bytes * offsets[-1], network.world or 0, fmt.bytes)
-                if agrees(ring, network.ring(), tag) and (fmt is FLOAT32 or self._looks_like_float16(tag)):
-                    self.format = fmt
-                    return [whole]
-            return []
-        starts, stop, layout = set(offsets[:-1]), offsets[-1], []
-        while stop:
-            total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
-            if total is None or (start := stop - total // 4) not in starts or not (end or self._closed(tag)):
-                return []
-            layout.append(tuple(part for part in whole if start <= part.start < stop))
-            stop, tag = start, tag + 1
-        self._layout_settled = len(layout) > 1
-        return layout
+        wide = {bucket.format.container for bucket in self._layout} | {(self.plan.format or FLOAT32).container}
+        return np.float64 if np.float64 in wide else np.float32
 
-    def _flat_layout(self, tag: int, *, end: bool) -> list[Bucket]:
-        """The project's own: buckets of 25 MiB and a smaller one.
-
-        The next step must begin as this one did; where there is none, all of the state must be parameters.
-        """
+    def _sending(self, fmt: Format) -> Sending:
+        """Two bytes are a hook's work, unless the model has no more; where that is not known, the wider bound holds."""
         assert self.plan is not None
-        network, state, start = self._network, self.plan.weights, 0
-        layout: list[Bucket] = []
-        totals: list[int] = []
-        while not totals or totals[-1] == FLAT_BUCKET_BYTES:
-            total = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
-            if totals and state is not None and start == state.size:
-                break
-            if total is None or total > FLAT_BUCKET_BYTES or not (end or self._closed(tag)):
-                return []
-            totals.append(total)
-            layout.append((slice(start, start + total // 4),))
-            start, tag = start + total // 4, tag + 1
-        following = solve_total(network.ring(), tag, world=network.world or 0, element=FLOAT32.bytes)
-        if state is None or start > state.size:
-            return []
-        only_step = following is None and network.newest < tag and start == state.size
-        if following != totals[0] and not only_step:
-            return []
-        self.plan.shapes, self.plan.offsets = ((start,),), (0, start)
-        self.plan.weights, rest = state[:start], state[start:]
-        self.plan.buffers = rest if rest.size else None
-        self._layout_settled = True
-        return layout
-
-    def _looks_like_float16(self, tag: int) -> bool:
-        """Whether all that was sent first can be float16; the wire does not say it."""
-        slots = [link.slots.get((Kind.ALLREDUCE, tag)) for link in self._network.ring().values()]
-        firsts = [slot[0].message for slot in slots if slot]
-        return bool(firsts) and all(looks_like_float16(memoryview(message.payload)) for message in firsts)
+        return Sending.CAST if fmt.bytes == FLOAT16.bytes and fmt is not self.plan.format else Sending.DIVIDED
 
     @property
     def _patience(self) -> int:
         """Bytes of payloads that may wait for the first step's layout: those of two or three steps."""
-        state = self.plan.weights if self.plan is not None else None
-        size = self.plan.offsets[-1] if self.plan is not None and self.plan.offsets else 0
-        return MIN_PATIENCE_BYTES + 24 * (self._network.world or 0) * max(size, 0 if state is None else state.size)
+        plan = self.plan
+        if plan is None:
+            return MIN_PATIENCE_BYTES
+        state = plan.state_bytes if plan.weights is None else plan.weights.nbytes
+        size = max(state, 4 * plan.offsets[-1] if plan.offsets else 0)
+        return MIN_PATIENCE_BYTES + 6 * (self._network.world or 0) * size
 
     def _begin_step(self) -> Step:
         assert self.plan is not None and self._network.world is not None
@@ -313,7 +277,7 @@ class Job:
             self._buffers = self.plan.buffers
         self._open = Step(
             step=self._step,
-            seen=Gradients.unknown(self.plan.offsets[-1], world=self._network.world),
+            seen=Gradients.unknown(self.plan.offsets[-1], world=self._network.world, dtype=self._dtype),
             buffers=self._buffers,
             first_tag=self._tag,
         )
@@ -322,6 +286,9 @@ class Job:
     def _finish_step(self) -> Step:
         done, self._open = self._open, None
         assert done is not None
+        assert self.plan is not None
+        for array in done.seen.arrays():
+            self.plan.reorder(array)
         self._network.settle(self._tag - 1)
         self._step += 1
         self._done = self._prologue = 0

@@ -1,18 +1,51 @@
 """What DistributedDataParallel says about a model when it is built: shapes, and the state of rank 0.
 
-Takes payloads of collectives, gives shapes and vectors; None where bytes fit no model, or more than one.
+Takes payloads of collectives, gives layouts; None where bytes fit no model, or more than one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from attack.decode.gloo.framing import Message
-from attack.observation import Shapes
+
+
+class Layout(NamedTuple):
+    """How a tensor lies in memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Elements to the next index, of each dimension."""
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in the order of their indices. A size of 0 counts as 1 (c10/core/TensorImpl.h)."""
+        sizes = self.shape
+        return min(sizes, default=0) >= 0 and all(
+            stride == math.prod(max(size, 1) for size in sizes[axis + 1 :]) for axis, stride in enumerate(self.strides)
+        )
+
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie side by side, in the order of other indices. A stride of a size of 1 says nothing,
+        but torch keeps to the others' order there too: it is none that is larger than the whole tensor."""
+        if min(self.shape, default=1) < 1 or min(self.strides, default=1) < 1:
+            return False
+        expected = 1
+        for stride, size in sorted(zip(self.strides, self.shape, strict=True)):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return max(self.strides, default=1) <= expected
+
+
+Tensors: TypeAlias = tuple[Layout, ...]
+"""Of each parameter, in order."""
 
 _MAX_DIMENSIONS = 8
 _MAX_UNSEEN_COUNT = 512
@@ -46,11 +79,11 @@ def joined(copies: Sequence[Sequence[Message]]) -> bytearray | None:
     return bytearray(content) if content is not None and known.all() else None
 
 
-def parse_shapes(payload: bytes | bytearray, count: int | None, most: int | None) -> Shapes | None:
+def parse_shapes(payload: bytes | bytearray, count: int | None, most: int | None) -> Tensors | None:
     """int64: of each parameter its sizes, then its strides; nothing says where one ends.
 
-    A contiguous tensor's strides follow from its sizes, which leaves few ways to read them. Shapes that lie otherwise
-    in memory (channels last) are refused: their gradients would be in another order.
+    A contiguous tensor's strides follow from its sizes, which leaves few ways to read them. Only where that leaves
+    none, tensors may also lie in memory with their dimensions in another order, without holes.
 
     Args:
         count: of parameters; None where it was not seen: then the state must have been.
@@ -64,33 +97,43 @@ def parse_shapes(payload: bytes | bytearray, count: int | None, most: int | None
     numbers = np.frombuffer(payload, "<i8").tolist()
     if count is None:
         counts = range(1, min(len(numbers) // 2, _MAX_UNSEEN_COUNT) + 1)
-        found = [way for number in counts for way in _ways(numbers, number, 1) if sum(map(math.prod, way)) == most]
+        found = [way for number in counts for way in _ways(numbers, number, 1, False) if _elements(way) == most]
         return found[0] if len(found) == 1 else None
-    for least in (1, 0):  # dimensions
-        ways = _ways(numbers, count, least)
-        totals = [sum(map(math.prod, way)) for way in ways]
-        exact = [way for way, total in zip(ways, totals, strict=True) if total == most]
-        fitting = exact or [way for way, total in zip(ways, totals, strict=True) if most is None or total <= most]
-        if fitting:
-            return fitting[0] if len(fitting) == 1 and len(ways) < _MAX_WAYS else None
+    for any_order in (False, True):
+        for least in (1, 0):  # dimensions
+            ways = _ways(numbers, count, least, any_order)
+            exact = [way for way in ways if _elements(way) == most]
+            fitting = exact or [way for way in ways if most is None or _elements(way) <= most]
+            if fitting:
+                return fitting[0] if len(fitting) == 1 and len(ways) < _MAX_WAYS else None
     return None
 
 
-def _ways(numbers: list[int], count: int, least: int) -> list[Shapes]:
+def in_logical_order(flat: np.ndarray[Any, Any], tensor: Layout) -> np.ndarray[Any, Any]:
+    """The elements of a tensor as they lie in memory, in the order of their indices. A copy."""
+    strides = tuple(stride * flat.itemsize for stride in tensor.strides)
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides).flatten()
+
+
+def _ways(numbers: list[int], count: int, least: int, any_order: bool) -> list[Tensors]:
     """Every way to read sizes and strides of so many tensors of `least` or more dimensions, up to a limit."""
-    ends: dict[int, list[Shapes]] = {0: [()]}  # of the tensors so far: where they end, and how they can be read
+    ends: dict[int, list[Tensors]] = {0: [()]}  # of the tensors so far: where they end, and how they can be read
     for _ in range(count):
-        following: dict[int, list[Shapes]] = {}
+        following: dict[int, list[Tensors]] = {}
         for at, found in ends.items():
             for dimensions in range(least, _MAX_DIMENSIONS + 1):
-                shape = tuple(numbers[at : at + dimensions])
-                strides = numbers[at + dimensions : at + 2 * dimensions]
-                if len(strides) == dimensions and min(shape, default=1) > 0 and strides == _strides(shape):
-                    into = following.setdefault(at + 2 * dimensions, [])
-                    into += [(*shapes, shape) for shapes in found]
+                middle, end = at + dimensions, at + 2 * dimensions
+                tensor = Layout(tuple(numbers[at:middle]), tuple(numbers[middle:end]))
+                if end <= len(numbers) and (tensor.contiguous or (any_order and tensor.dense)):
+                    into = following.setdefault(end, [])
+                    into += [(*tensors, tensor) for tensors in found]
                     del into[_MAX_WAYS:]
         ends = following
     return ends.get(len(numbers), [])
+
+
+def _elements(tensors: Tensors) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def parse_layout(
@@ -112,7 +155,3 @@ def parse_layout(
 def begins_layout(indices: bytes | bytearray, count: int) -> bool:
     """Whether these bytes can be the first part of a layout: each parameter once."""
     return len(indices) == 4 * (count + 1) and sorted(np.frombuffer(indices, "<i4")[:-1].tolist()) == list(range(count))
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -1,0 +1,117 @@
+"""Which parameters DDP sums together in the first step, and in which number format: found by the sizes of its sums.
+
+Takes the network and the plan, returns buckets; an empty list where the messages fit none, or not yet. Knows no values,
+but for the number format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from attack.decode.gloo.allreduce import agrees, partial_sums, solve_total
+from attack.decode.gloo.formats import FLOAT32, WIDTHS, Format, tell_format
+from attack.decode.gloo.head import Kind
+from attack.decode.gloo.network import Network
+from attack.decode.gloo.parameters import begins_layout
+from attack.decode.gloo.ring import Ring
+from attack.decode.gloo.setup import Plan
+
+FLAT_BUCKET_BYTES = 25 << 20
+"""Of the project's own all-reduce."""
+
+
+class Bucket(NamedTuple):
+    """What is summed together."""
+
+    parts: tuple[slice, ...]
+    """Of the flat gradient, in the bucket's own order."""
+    format: Format
+
+    @property
+    def elements(self) -> int:
+        """Of all parts."""
+        return sum(part.stop - part.start for part in self.parts)
+
+    def ring(self, world: int) -> Ring:
+        """How it is summed."""
+        return Ring(self.format.bytes * self.elements, world, self.format.bytes)
+
+
+class Finder:
+    """Looks for the first step of one job."""
+
+    def __init__(self, network: Network, plan: Plan, closed: Callable[[int], bool]) -> None:
+        """`closed` says whether all of a collective was seen that is to come."""
+        self._network, self._plan, self._closed = network, plan, closed
+        self._whole = tuple(slice(*pair) for pair in pairwise(plan.offsets))
+        self._world = network.world or 0
+
+    def model(self, tag: int, *, next_one: bool) -> list[Bucket]:
+        """DDP's, if its first bucket is at `tag`: all parameters in order; else from the last parameter to the first.
+
+        Only in the first case the final layout is broadcast behind the first step, and directly behind it where the
+        script says nothing between: then it is not necessary that the first step was seen whole.
+        """
+        broadcasts = [
+            part.payload for copy in self._network.copies(Kind.BROADCAST, tag + 1) for part in copy if not part.holes
+        ]
+        if next_one and any(begins_layout(payload, self._plan.count) for payload in broadcasts):
+            links = self._network.ring()
+            rings = [Ring(width * self._plan.offsets[-1], self._world, width) for width in WIDTHS]
+            fitting = [ring for ring in rings if agrees(ring, links, tag)]
+            fmt = self._format(fitting[0], tag) if fitting else None
+            return [Bucket(self._whole, fmt)] if fmt is not None else []
+        return next((found for width in WIDTHS if (found := self._backwards(tag, width))), [])
+
+    def flat(self, tag: int) -> list[Bucket]:
+        """The project's own: buckets of 25 MiB and a smaller one.
+
+        The next step must begin as this one did; where there is none, all of the state must be parameters.
+        """
+        network, state, start = self._network, self._plan.weights, 0
+        layout: list[Bucket] = []
+        totals: list[int] = []
+        while not totals or totals[-1] == FLAT_BUCKET_BYTES:
+            total = self._total(tag, FLOAT32.bytes)
+            if totals and state is not None and start == state.size:
+                break
+            if total is None or total > FLAT_BUCKET_BYTES or not self._closed(tag):
+                return []
+            totals.append(total)
+            layout.append(Bucket((slice(start, start + total // 4),), FLOAT32))
+            start, tag = start + total // 4, tag + 1
+        following = self._total(tag, FLOAT32.bytes)
+        if state is None or start > state.size:
+            return []
+        only_step = following is None and network.newest < tag and start == state.size
+        return layout if following == totals[0] or only_step else []
+
+    def _backwards(self, tag: int, width: int) -> list[Bucket]:
+        offsets, links = self._plan.offsets, self._network.ring()
+        starts, stop, layout = set(offsets[:-1]), offsets[-1], []
+        while stop:
+            total = self._total(tag, width)
+            if total is None or (start := stop - total // width) not in starts or not self._closed(tag):
+                return []
+            ring = Ring(total, self._world, width)
+            if not agrees(ring, links, tag) or (fmt := self._format(ring, tag)) is None:
+                return []
+            layout.append(Bucket(tuple(part for part in self._whole if start <= part.start < stop), fmt))
+            stop, tag = start, tag + 1
+        return layout
+
+    def _total(self, tag: int, width: int) -> int | None:
+        return solve_total(self._network.ring(), tag, world=self._world, element=width)
+
+    def _format(self, ring: Ring, tag: int) -> Format | None:
+        """Of one all-reduce; sums of the same size that come later are asked too."""
+        links, last = self._network.ring(), self._network.newest
+
+        def alike() -> Iterator[tuple[memoryview, memoryview]]:
+            for other in range(tag, last + 1):
+                if other == tag or self._total(other, ring.element) == ring.total:
+                    yield from partial_sums(ring, links, tags=(other, other, other + self._plan.count))
+
+        return tell_format(ring.element, alike())

@@ -7,7 +7,6 @@ wrapped over all ranks, or over a process group of its own where the job says `r
 OUT/step{S}.rank{R}.npz, with `group{NAME}.` before it for a group.
 """
 
-import gc
 import json
 import os
 import sys
@@ -17,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported once a group is there, it would keep the group, and torch 2.13 now and then aborts at exit.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional
@@ -86,7 +88,7 @@ def talk(group: dist.ProcessGroup) -> None:
 
 def train(out: Path, job: dict[str, Any]) -> None:
     """One model. Keys of a job: `model`; and if wanted `ranks`, `hook`, `cap` (MB of a bucket), `dtype`, `steps`,
-    and `talk` (other collectives behind each step)."""
+    `last` (channels last in memory) and `talk` (other collectives behind each step)."""
     rank, steps = dist.get_rank(), job.get("steps", 2)
     group = dist.new_group(job["ranks"]) if "ranks" in job else dist.group.WORLD
     if rank not in job.get("ranks", [rank]):
@@ -95,6 +97,8 @@ def train(out: Path, job: dict[str, Any]) -> None:
     model, shape = build(job["model"])
     dtype = getattr(torch, job.get("dtype", "float32"))
     model.to(dtype)
+    if job.get("last"):
+        model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, process_group=group, bucket_cap_mb=job.get("cap", 25))
     if "hook" in job:
         ddp.register_comm_hook(group, HOOKS[job["hook"]])
@@ -113,9 +117,6 @@ def train(out: Path, job: dict[str, Any]) -> None:
         optimizer.zero_grad()
         if job.get("talk"):
             talk(group)
-    # A reducer that outlives its group's peers hangs or aborts in torch's destructors, now and then.
-    del ddp, optimizer
-    gc.collect()
     dist.barrier(group)
 
 

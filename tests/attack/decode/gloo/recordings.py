@@ -60,15 +60,21 @@ CASES = (
 LARGER = Case(world=4)
 
 
-def record_many(jobs: list[dict[str, Any]], run: Path, *, world: int, ipv6: bool = False) -> Path:
-    """Runs the script with many models in a lab, and returns its run folder."""
+def record_many(
+    jobs: list[dict[str, Any]], run: Path, *, world: int, ipv6: bool = False, launcher: bool = False
+) -> Path:
+    """Runs the script with many models in a lab, under torchrun or by itself. Returns its run folder."""
     run.mkdir(parents=True)
-    script = Path(__file__).with_name("many.py")
-    argv = (sys.executable, str(script), str(run / "truth"), str(world), json.dumps(jobs))
-    env = environment(hosts=False) | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    python, address = sys.executable, "::1" if ipv6 else "127.0.0.1"
+    torchrun = (
+        *("-m", "torch.distributed.run", "--nproc-per-node", str(world)),
+        *("--master-addr", address, "--master-port", "29500"),
+    )
+    script = str(Path(__file__).with_name("many.py"))
+    argv = (python, *(torchrun if launcher else ()), script, str(run / "truth"), str(world), json.dumps(jobs))
+    env = environment(hosts=False) | {"PYTHONPATH": str(Path(__file__).parents[4]), "MASTER_ADDR": address}
     if ipv6:
-        env |= {"MASTER_ADDR": "::1"}
-        argv = (sys.executable, "-c", ONLY_IPV6, *argv)
+        argv = (python, "-c", ONLY_IPV6, *argv)
     return run_alone(Node(name="command", argv=argv, env=env), run)
 
 
@@ -104,27 +110,30 @@ def read_truth(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
+def name_of(seen: Observation) -> str:
+    """What its truth is called."""
+    return f"{'' if seen.group is None else f'group{seen.group}.'}step{seen.step}.rank{seen.rank}"
+
+
 def check(truth: dict[str, np.ndarray], observations: list[Observation]) -> None:
     """Fails where anything is said to be known, and is not so."""
     for seen in observations:
-        where = (
-            f"step{seen.step}.rank{seen.rank}"
-            if seen.group is None
-            else f"group{seen.group}.step{seen.step}.rank{seen.rank}"
-        )
+        where = name_of(seen)
         assert f"{where}.gradient" in truth or not seen.known.any(), f"{where}: there was no such gradient"
         if f"{where}.gradient" not in truth:
             continue
         true, got, known = truth[f"{where}.gradient"], seen.gradient.numpy(), seen.known.numpy()
         raw, differenced = known == Known.RAW, known == Known.DIFFERENCED
-        assert (got[raw].view(np.uint32) == true[raw].view(np.uint32)).all(), f"{where}: a RAW element is wrong"
+        assert got.dtype == true.dtype
+        bits = f"u{got.itemsize}"
+        assert (got[raw].view(bits) == true[raw].view(bits)).all(), f"{where}: a RAW element is wrong"
         if differenced.any():
             assert seen.bound is not None
-            error = np.abs(got[differenced].astype(np.float64) - true[differenced])
+            error = np.abs(got[differenced].astype(np.longdouble) - true[differenced])
             assert (error <= seen.bound.numpy()[differenced]).all(), f"{where}: beyond its bound"
         if seen.weights is not None:
             weights = truth[f"{where}.weights"]
-            assert (seen.weights.numpy().view(np.uint32) == weights.view(np.uint32)).all(), f"{where}: wrong weights"
+            assert (seen.weights.numpy().view(bits) == weights.view(bits)).all(), f"{where}: wrong weights"
 
 
 def observe(events: list[StreamEvent]) -> tuple[list[Observation], Desk]:

@@ -1,35 +1,47 @@
 """How sure the eavesdropper may be of an answer, without the truth.
 
-An answer is off for two reasons: what the observation's own error leaves open, and how far the method stopped from
-the best match. Where the model is a chain of layers, the walk back (`attack.engine.walk`) tells both, from its belief
-on the input. Elsewhere the match is linearized at the answer, and conjugate gradients tell what that leaves open, if
-they converge.
+The attack is tried on itself. For an input near the answer, which is known because it was drawn here, the gradient is
+computed in float32 as the rank did, with the holes and within the bounds of what was observed; the method solves for it
+again, and how far off it comes is an error of the very kind that the answer has (a parametric bootstrap; Efron and
+Tibshirani 1993, An Introduction to the Bootstrap, chapter 6). It holds all that rounding does, correlated as it is.
+
+A method that is a search cannot be tried again for little. Then the match is linearized at the answer, and conjugate
+gradients tell what the noise leaves open, if they converge.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import scipy.stats
 import torch
 from torch import Tensor
 
-from attack.engine.chain import NoChain, trace
+from attack.algorithms.base import Answer
+from attack.engine.chain import NoChain
 from attack.engine.context import Context
-from attack.engine.layers import check
+from attack.engine.features import NoFeatures
 from attack.engine.linearized import Linearized, conjugate_gradients
 from attack.engine.target import Target
-from attack.engine.walk import Belief, OutOfTime, walk_back
+from attack.engine.walk import OutOfTime
 
-SAFETY = 3.0
-"""Errors that layers share are taken as independent, and layers as linear. On 60 LeNets, fresh and after three steps,
-the true error was 0.08 to 2.4 times the variance of the walk back's belief."""
-DRAWS = 4
+CONFIDENCE = 0.998
+"""Of the true error being below `predicted_mse`, as far as the replays tell: two in a thousand are left for luck, the
+rest of the promised one in a hundred for what replays do not know."""
+REPLAYS, MAX_REPLAYS = 6, 16
+REPLAYS_WITH_BELIEF = 2
+"""Where a belief says which directions share the errors, replays need only say how large these are."""
+ENOUGH = 6.0
+"""Quantile, in units of the replays' mean, from which on no more replays are made."""
 PROBES = 3
 MAX_ITERATIONS = 300
 """Of conjugate gradients, for each probe: some 3 s of CPU time for a LeNet."""
 SOLVED = 1e-2
 """Relative residual at which conjugate gradients count as converged: far finer than a prediction within a factor of
 ten."""
+NEARBY = 1e-6
+"""Size of what is added to an answer for a replay, in units of the input range: enough that nothing rounds alike."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,57 +49,74 @@ class Certificate:
     """What may be said of an answer's mean squared error, in squared model input units."""
 
     predicted_mse: float | None
-    """What to expect; None where it cannot be had."""
+    """What it is below, but for two cases in a thousand; None where that cannot be had."""
     left_open: float
     """Lower bound of the variance that the equations leave: where it is large, other inputs match as well."""
 
 
-def certify(
-    target: Target,
-    inputs: Tensor,
-    labels: Tensor,
-    belief: Belief | None,
-    context: Context,
-    *,
-    variance: float | None = None,
-) -> Certificate:
-    """The certificate of an answer.
-
-    Args:
-        inputs: float64, shape (batch, *input_shape).
-        labels: int64, shape (batch,).
-        belief: the method's own, where it has one.
-        variance: the method's own, of all elements together, where it has one.
-    """
-    if variance is not None:
-        # The draws that it comes from hold the observation's error alone: an answer that is further off is widened.
-        widened = variance * max(1.0, target.residual(inputs, labels) / target.expected_residual) ** 2
-        return Certificate(predicted_mse=SAFETY * (_rounding(inputs) + widened), left_open=variance)
-    if belief is None and len(inputs) == 1:
+def certify(target: Target, answer: Answer, context: Context) -> Certificate:
+    """The certificate of an answer that has inputs and labels."""
+    assert answer.inputs is not None and answer.labels is not None
+    inputs = answer.inputs.detach()
+    left_open = 0.0 if answer.belief is None else answer.belief.variance
+    if answer.again is not None:
         try:
-            links = trace(target.model, target.input_shape)
-            check(links)
-            belief = walk_back(target, links, context)
-        except (NoChain, OutOfTime):
-            pass
-    if belief is None:
-        return _by_conjugate_gradients(target, inputs, labels, context)
-    predicted = SAFETY * _by_belief(target, inputs, labels, belief)
-    return Certificate(predicted_mse=predicted, left_open=belief.variance)
+            return Certificate(predicted_mse=_by_replays(target, inputs, answer, context), left_open=left_open)
+        except (NoChain, NoFeatures, OutOfTime):
+            return Certificate(predicted_mse=None, left_open=left_open)
+    return _by_conjugate_gradients(target, inputs, answer.labels, context)
 
 
-def _by_belief(target: Target, inputs: Tensor, labels: Tensor, belief: Belief) -> float:
-    """The belief's variance, and the answer's distance from its mean. Where the mean matches the gradient worse than
-    draws from the belief do, the belief is too narrow, and is widened as much."""
-    own = target.residual(belief.mean.view_as(inputs), labels)
-    drawn = sum(target.residual(draw.view_as(inputs), labels) for draw in belief.samples[:DRAWS]) / DRAWS
-    distance = float((inputs.flatten() - belief.mean).square().mean())
-    return _rounding(inputs) + belief.variance * max(1.0, own / drawn) ** 2 + distance
+def _by_replays(target: Target, inputs: Tensor, answer: Answer, context: Context) -> float:
+    """Mean squared error of the replays, up to the quantile of the next such number.
+
+    With f the directions that share the errors (`_freedom`), the answer's squared error over the mean of n replays' is
+    distributed about as F(f, n f). Where few directions share them that quantile is large, and more replays are made.
+    An answer whose own gradient is off by more than the replays' are is not of their kind: its error is taken to be
+    larger by as much.
+
+    Raises: NoChain, NoFeatures, OutOfTime: what the method does not solve again once.
+    """
+    assert answer.again is not None and answer.labels is not None
+    errors: list[Tensor] = []
+    residuals: list[float] = []
+    quantile = math.inf
+    least = REPLAYS if answer.belief is None else REPLAYS_WITH_BELIEF
+    while len(errors) < least or (quantile > ENOUGH and len(errors) < MAX_REPLAYS):
+        truth = _truth(target, inputs, answer, len(errors), context)
+        moved = target.replay(truth, answer.labels, generator=context.generator)
+        try:
+            again = answer.again(moved)
+        except OutOfTime:
+            if errors:
+                break
+            raise
+        errors.append((again - truth).flatten())
+        residuals.append(moved.residual(again, answer.labels))
+        freedom = _freedom(torch.stack(errors) if answer.belief is None else answer.belief.samples - answer.belief.mean)
+        quantile = float(scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * len(errors)))
+    off = target.residual(inputs, answer.labels) / max(residuals)
+    predicted = quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
+    return float(f"{predicted:.2e}")  # further digits are chance
 
 
-def _rounding(inputs: Tensor) -> float:
-    """An answer is kept as float32."""
-    return float((inputs.float() - inputs).square().mean())
+def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context: Context) -> Tensor:
+    """An input near the answer, float64 but of float32 values, as the rank's are.
+
+    What the equations leave open is zero in every answer: it shows only in an input drawn from all that fit.
+    """
+    low, high = target.input_range
+    near = inputs if answer.belief is None else answer.belief.samples[replay].view_as(inputs)
+    normal = torch.randn(inputs.shape, generator=context.generator, dtype=torch.float64).to(inputs)
+    return (near + NEARBY * (high - low) * normal).float().double()
+
+
+def _freedom(errors: Tensor) -> float:
+    """Directions that share the errors, shape (errors, elements): 1 / mean of their squared cosines to each other."""
+    units = torch.nn.functional.normalize(errors)
+    squared = (units @ units.T).square().triu(diagonal=1).sum()
+    pairs = len(errors) * (len(errors) - 1) / 2
+    return min(float(errors.shape[1]), pairs / max(float(squared), 1e-300)) if pairs else 1.0
 
 
 def _by_conjugate_gradients(target: Target, inputs: Tensor, labels: Tensor, context: Context) -> Certificate:
@@ -106,7 +135,7 @@ def _by_conjugate_gradients(target: Target, inputs: Tensor, labels: Tensor, cont
         variances.append(float((probe * solution).mean()))
         solved = solved and converged
     variance, distance = sum(variances) / PROBES, float(step.square().mean())
-    return Certificate(predicted_mse=SAFETY * (variance + distance) if solved else None, left_open=variance)
+    return Certificate(predicted_mse=3 * (variance + distance) if solved else None, left_open=variance)
 
 
 def _solve(match: Linearized, right: Tensor, context: Context) -> tuple[Tensor, bool]:

@@ -95,12 +95,11 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     labels = answer.labels if answer.soft_labels is None else answer.soft_labels.detach()
     residual = target.residual(inputs, labels)
     fields["gradient_residual"] = residual if math.isfinite(residual) else None
-    if not residual <= target.tolerance:
-        reason = (
-            f"its gradient differs by {residual:.1e} of the observed one, at most {target.tolerance:.1e} is a match"
-        )
+    tolerance = target.tolerance_at(inputs, labels)
+    if not residual <= tolerance:
+        reason = f"its gradient differs by {residual:.1e} of the observed one, at most {tolerance:.1e} is a match"
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
-    certificate = certify(target, inputs, answer.labels, answer.belief, context, variance=answer.variance)
+    certificate = certify(target, answer, context)
     fields["predicted_mse"] = certificate.predicted_mse
     low, high = target.input_range
     error = max(certificate.left_open, certificate.predicted_mse or 0.0)

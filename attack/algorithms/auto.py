@@ -17,9 +17,11 @@ from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
+from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
 from attack.engine.features import NoFeatures, count_examples
 from attack.engine.target import Target
+from attack.engine.unmixing import check_connected
 
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
 """Layers at whose kinks the gradient jumps: an L-BFGS search from afar sticks there."""
@@ -29,9 +31,11 @@ def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
     plan: list[tuple[str, Method, str]] = []
     examples, source = _batch_size(target)
-    if examples == 1:
+    if examples == 1 and not _connected(target):
         plan.append(("rgap", rgap, "one example: walk back in closed form"))
-    if examples > 1:
+    elif examples == 1:
+        plan.append(("unmix", unmix, "one example through fully connected layers: each solved on its own"))
+    else:
         plan.append(("unmix", unmix, f"{examples} examples{source}: taken apart layer by layer"))
     if examples == 1 or target.labels is not None:
         if any(isinstance(module, KINKED) for module in target.model.modules()):
@@ -52,16 +56,26 @@ def auto(target: Target, context: Context) -> Answer:
             break
         answer = dataclasses.replace(method(counted, context), method=name)
         route.append(f"{name} ({why})")
-        residual = float("inf")
+        residual, tolerance = float("inf"), 0.0
         if answer.inputs is not None and answer.labels is not None:
             residual = target.residual(answer.inputs, answer.labels)
+            tolerance = target.tolerance_at(answer.inputs, answer.labels)
         if best is None or residual < least:
             best, least = answer, residual
-        if least <= target.tolerance:
+        if residual <= tolerance:
             break
         route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
     assert best is not None
     return dataclasses.replace(best, route="; then ".join(route), batch_size_read=bool(source))
+
+
+def _connected(target: Target) -> bool:
+    """Whether all that has weights is fully connected."""
+    try:
+        check_connected(trace(target.model, target.input_shape))
+    except NoChain:
+        return False
+    return True
 
 
 def _batch_size(target: Target) -> tuple[int, str]:

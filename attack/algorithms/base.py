@@ -43,8 +43,9 @@ class Answer:
     film: Film = dataclasses.field(default_factory=Film)
     belief: Belief | None = None
     """How well the equations determine `inputs`, where the method knows."""
-    variance: float | None = None
-    """Mean square by which the observation's own error moves `inputs`, where the method solved for that."""
+    again: Callable[[Target], Tensor] | None = None
+    """The inputs that a slightly moved gradient gives, found from these: where the method can tell for little. May
+    raise NoChain or NoFeatures where it moved too far."""
     batch_size_read: bool = False
     """Whether the batch size was not told, but read from the gradient."""
     evaluations: int = 0

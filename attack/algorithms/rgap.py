@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attack.algorithms.base import Answer
-from attack.engine.chain import NoChain, trace
+from attack.engine.chain import Link, NoChain, trace
 from attack.engine.context import Context, Progress
 from attack.engine.film import MAX_FRAMES, Film
 from attack.engine.labels import NoLabel, read_label
@@ -40,17 +40,28 @@ def rgap(target: Target, context: Context) -> Answer:
         links = trace(target.model, target.input_shape)
         check(links)
         _check_rank_one(target)
-        belief = walk_back(target, links, context)
+        belief, inputs = _solve(target, links, label, context)
     except (NoLabel, NoChain) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
     except OutOfTime:
         return Answer(inputs=None, labels=None, reason="the deadline passed")
     film = _film(target, belief, label)
-    inputs = _polish(target, belief, label, context)
     residual = target.residual(inputs, label)
     film.take(film.history[-1][0] + FILM_STRIDE, residual, inputs)
     context.progress(Progress(method="rgap", evaluations=1, residual=residual, seconds_left=context.seconds_left))
-    return Answer(inputs=inputs, labels=label, film=film, belief=belief, evaluations=len(film.history))
+    return Answer(
+        inputs=inputs,
+        labels=label,
+        film=film,
+        belief=belief,
+        again=lambda moved: _solve(moved, links, label, context)[1],
+        evaluations=len(film.history),
+    )
+
+
+def _solve(target: Target, links: list[Link], label: Tensor, context: Context) -> tuple[Belief, Tensor]:
+    belief = walk_back(target, links, context)
+    return belief, _polish(target, belief, label, context)
 
 
 def _check_rank_one(target: Target) -> None:

@@ -2,7 +2,7 @@
 
 The last layer gives every example's features and label (`attack.engine.features`), and so the errors e_i at its output.
 With them, layer by layer and by least squares alone (`attack.engine.unmixing`), come every example's inputs of each
-layer, down to the pictures. Batch size and labels need not be told; a batch of one is `rgap`'s.
+layer, down to the pictures. Batch size and labels need not be told.
 
 Differs from the papers: R-GAP walks back a batch of one. SPEAR takes batches apart exactly too, but by sampling the
 ReLU pattern of one layer; here the softmax of the last layer says more, the patterns follow from what lies above them,
@@ -13,32 +13,21 @@ Reference: Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733; Dimitrov et al.
 
 from __future__ import annotations
 
-import dataclasses
-
-import torch
-from torch import Tensor
-
 from attack.algorithms.base import Answer
 from attack.algorithms.rgap import rgap
-from attack.engine.chain import Link, NoChain, trace
+from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context, Progress
 from attack.engine.features import Features, NoFeatures, count_examples, read_features, reread_features
 from attack.engine.film import Film
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected, unmix_layers
 
-DRAWS = 4
-"""Of the observation's error, each solved again: the spread of thousands of elements, so that few are enough."""
-
 
 def unmix(target: Target, context: Context) -> Answer:
     """Inputs and labels of the whole batch."""
-    if target.batch_size == 1 and not target.batch_size_assumed:
-        return rgap(target, context)
+    examples = target.batch_size
     try:
         examples = count_examples(target)
-        if examples == 1 and target.batch_size_assumed:
-            return rgap(target, context)
         if not target.batch_size_assumed and examples != target.batch_size:
             raise NoFeatures(
                 f"the last layer's gradient has the rank of {examples} examples, and {target.batch_size} were told"
@@ -47,8 +36,9 @@ def unmix(target: Target, context: Context) -> Answer:
         check_connected(links)
         features = _in_told_order(read_features(target, context), target)
         inputs = unmix_layers(target, links, features)
-        variance = _variance(target, links, features, inputs, context)
     except (NoFeatures, NoChain) as error:
+        if examples == 1 == target.batch_size:  # the walk back does with less
+            return rgap(target, context)
         return Answer(inputs=None, labels=None, reason=str(error))
     residual = target.residual(inputs, features.labels)
     film = Film()
@@ -58,7 +48,7 @@ def unmix(target: Target, context: Context) -> Answer:
         inputs=inputs,
         labels=features.labels,
         film=film,
-        variance=variance,
+        again=lambda moved: unmix_layers(moved, links, reread_features(moved, features), near=inputs),
         batch_size_read=target.batch_size_assumed,
         evaluations=1,
     )
@@ -73,15 +63,3 @@ def _in_told_order(features: Features, target: Target) -> Features:
         raise NoFeatures(f"the last layer's gradient is that of labels {features.labels.tolist()}, others were told")
     places = features.labels.argsort(stable=True)[places]
     return Features(values=features.values[places], labels=features.labels[places], error=features.error[places])
-
-
-def _variance(target: Target, links: list[Link], features: Features, inputs: Tensor, context: Context) -> float:
-    """How far the inputs move, mean square, when the gradient moves within its error. Raises: NoFeatures, NoChain."""
-    moved = 0.0
-    for _ in range(DRAWS):
-        normal = torch.randn(target.gradient.shape, generator=context.generator, dtype=torch.float64)
-        noise = torch.where(target.known > 0, target.noise, 0.0) * normal.to(target.device)
-        drawn = dataclasses.replace(target, gradient=target.gradient + noise)
-        again = unmix_layers(drawn, links, reread_features(drawn, features), near=inputs)
-        moved += float((again - inputs).square().mean()) / DRAWS
-    return moved

@@ -6,7 +6,9 @@ decides nothing about how to search.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -46,6 +48,8 @@ class Target:
     """float64, shape (parameters,): 1 where the gradient is known, else 0."""
     noise: Tensor
     """float64, shape (parameters,): standard deviation of each known element's error; infinite where unknown."""
+    bound: Tensor
+    """float64, shape (parameters,): largest error that observing added to each known element; 0 where unknown."""
     shapes: tuple[torch.Size, ...]
     input_shape: tuple[int, ...]
     input_range: tuple[float, float]
@@ -77,9 +81,42 @@ class Target:
 
         On the paper's LeNet a search has a mean squared error of 1e-4 at residuals of 6e-5 to 2e-4 (eight pictures)
         and of 1e-6 at 1e-5. A wrong model or a wrong picture leaves more than 1e-2; a batch norm that hides the
-        scale, 5e-5.
+        scale, 5e-5. Errors of rounding on the way are thousands and independent: their norm is known to a few percent,
+        and two examples taken for one were seen to leave 1.6 times as much.
         """
-        return 3e-5 + 4 * self.expected_residual
+        observed = torch.linalg.vector_norm(self.bound) / math.sqrt(3)
+        arithmetic = torch.linalg.vector_norm(torch.where(self.known > 0, self.noise, 0.0)).square() - observed.square()
+        return 3e-5 + float(4 * arithmetic.clamp(min=0).sqrt() + 1.3 * observed) / self.norm
+
+    def tolerance_at(self, inputs: Tensor, labels: Tensor) -> float:
+        """`tolerance`, and as much more as the sender's own arithmetic is off at this answer.
+
+        Where softmax is almost sure of a label, 1 - p is left with few digits, and all of the gradient with it: on
+        trained nets up to 1e-4 of it is rounding. What the answer's gradient is off in float32 says so.
+        """
+        error = torch.linalg.vector_norm(self.replay(inputs, labels).gradient - self.gradient_of(inputs, labels))
+        return self.tolerance + 4 * float(error) / self.norm
+
+    def gradient_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """What `mismatch` compares with the observed gradient: of a batch, over the known elements, in float64."""
+        return self.mismatch(inputs, labels) + self.gradient
+
+    def replay(self, inputs: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> Target:
+        """The target that this batch would have set: its gradient in float32 as a rank computes it, with the holes of
+        the observed one.
+
+        Args:
+            inputs: rounded to float32.
+            generator: draws what observing adds, uniform within the bound; without it nothing is added.
+        """
+        model, loss = _single_precision(self.model), self.loss
+        labels = labels if labels.dtype == torch.int64 else labels.float()
+        parts = torch.autograd.grad(loss(model(inputs.detach().float()), labels), list(model.parameters()))
+        gradient = torch.cat([part.flatten() for part in parts]).double()
+        if generator is not None:
+            uniform = 2 * torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype) - 1
+            gradient = gradient + self.bound * uniform.to(self.device)
+        return dataclasses.replace(self, gradient=gradient * self.known)
 
     def tensors(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Splits a flat vector into views of the parameters' shapes."""
@@ -101,6 +138,11 @@ class Target:
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
         """||gradient of the batch - observed|| / ||observed||, over the known elements."""
         return float(torch.linalg.vector_norm(self.mismatch(inputs, labels))) / self.norm
+
+
+@functools.lru_cache(maxsize=1)
+def _single_precision(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).float()
 
 
 def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.device) -> Target:
@@ -126,12 +168,14 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     model = _model(observation, knowledge)
     classes = _classes(model, knowledge)
     gradient = torch.where(known, observation.gradient, 0.0).double()
+    bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double() * known
     target = Target(
         model=model.to(device),
         loss=LOSSES[knowledge.loss],
         gradient=gradient.to(device),
         known=known.double().to(device),
-        noise=_noise(observation, known, gradient).to(device),
+        noise=_noise(observation, known, gradient, bound).to(device),
+        bound=bound.to(device),
         shapes=tuple(parameter.shape for parameter in model.parameters()),
         input_shape=knowledge.input_shape,
         input_range=knowledge.input_range,
@@ -197,11 +241,10 @@ def _batch_size(knowledge: Knowledge) -> int:
     return size
 
 
-def _noise(observation: Observation, known: Tensor, gradient: Tensor) -> Tensor:
+def _noise(observation: Observation, known: Tensor, gradient: Tensor, bound: Tensor) -> Tensor:
     """float32 rounding of the sender's arithmetic and, where differenced, an error uniform within the bound."""
     parts = []
     sizes = [math.prod(shape) for shape in observation.shapes]
-    bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
     smallest = FLOAT32_ERROR * torch.finfo(torch.float32).eps * float(gradient.abs().max())
     for part, seen, error in zip(gradient.split(sizes), known.split(sizes), bound.split(sizes), strict=True):
         scale = part.square().sum().div(seen.sum().clamp(min=1)).sqrt()

@@ -70,10 +70,24 @@ def unmix_layers(target: Target, links: list[Link], features: Features, *, near:
             place = places[id(link.module.weight)]
             inputs = settled.get(link.name)
             value, error = _solve_layer(link, pending, value, error, gradients[place], noises[place], inputs)
+            if len(value) == 1 and link.module.bias is not None:
+                place = places[id(link.module.bias)]
+                scale = _scale(error[0], gradients[place], noises[place])
+                value, error = value / scale, error * scale
             error, pending = error @ _weight(link), None
     if pending is not None:
         raise NoChain("an activation stands before the first linear layer")
     return value.view(-1, *target.input_shape)
+
+
+def _scale(error: Tensor, gradient: Tensor, noise: Tensor) -> Tensor:
+    """By how much one example's errors at a layer are too small: the bias's gradient is these errors themselves.
+
+    What the layers above leave in doubt is common to all of them, and would be common to all inputs.
+    """
+    weights = noise.square().reciprocal()
+    size = (weights * error.square()).sum()
+    return (weights * error * gradient).sum() / size if size > 0 else torch.ones_like(size)
 
 
 def _outputs(links: list[Link], value: Tensor) -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ computed in float32 as the rank did, with the holes and within the bounds of wha
 again, and how far off it comes is an error of the very kind that the answer has (a parametric bootstrap; Efron and
 Tibshirani 1993, An Introduction to the Bootstrap, chapter 6). It holds all that rounding does, correlated as it is.
 
-A method that is a search cannot be tried again for little. Then the match is linearized at the answer, and conjugate
-gradients tell what the noise leaves open, if they converge.
+A method that is a search cannot be tried again for little. Of one example, the closed form is tried in its place, and
+the distance to its answer added. Elsewhere the match is linearized at the answer, and conjugate gradients tell what the
+noise leaves open, if they converge.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from attack.algorithms.base import Answer
+from attack.algorithms.rgap import rgap
 from attack.engine.chain import NoChain
 from attack.engine.context import Context
 from attack.engine.features import NoFeatures
@@ -57,17 +59,23 @@ class Certificate:
 def certify(target: Target, answer: Answer, context: Context) -> Certificate:
     """The certificate of an answer that has inputs and labels."""
     assert answer.inputs is not None and answer.labels is not None
-    inputs = answer.inputs.detach()
+    inputs, labels, away = answer.inputs.detach(), answer.labels, 0.0
+    if answer.again is None and len(inputs) == 1:
+        closed = rgap(target, context)
+        if closed.inputs is not None and closed.labels is not None and closed.labels.equal(labels):
+            answer, away = closed, float((closed.inputs - inputs).square().mean())
     left_open = 0.0 if answer.belief is None else answer.belief.variance
     if answer.again is not None:
         try:
-            return Certificate(predicted_mse=_by_replays(target, inputs, answer, context), left_open=left_open)
+            predicted = away + _by_replays(target, answer, context)
+            # further digits are chance
+            return Certificate(predicted_mse=float(f"{predicted:.2e}"), left_open=left_open)
         except (NoChain, NoFeatures, OutOfTime):
             return Certificate(predicted_mse=None, left_open=left_open)
-    return _by_conjugate_gradients(target, inputs, answer.labels, context)
+    return _by_conjugate_gradients(target, inputs, labels, context)
 
 
-def _by_replays(target: Target, inputs: Tensor, answer: Answer, context: Context) -> float:
+def _by_replays(target: Target, answer: Answer, context: Context) -> float:
     """Mean squared error of the replays, up to the quantile of the next such number.
 
     With f the directions that share the errors (`_freedom`), the answer's squared error over the mean of n replays' is
@@ -77,7 +85,8 @@ def _by_replays(target: Target, inputs: Tensor, answer: Answer, context: Context
 
     Raises: NoChain, NoFeatures, OutOfTime: what the method does not solve again once.
     """
-    assert answer.again is not None and answer.labels is not None
+    assert answer.again is not None and answer.labels is not None and answer.inputs is not None
+    inputs = answer.inputs
     errors: list[Tensor] = []
     residuals: list[float] = []
     quantile = math.inf
@@ -93,11 +102,12 @@ def _by_replays(target: Target, inputs: Tensor, answer: Answer, context: Context
             raise
         errors.append((again - truth).flatten())
         residuals.append(moved.residual(again, answer.labels))
-        freedom = _freedom(torch.stack(errors) if answer.belief is None else answer.belief.samples - answer.belief.mean)
+        freedom = _freedom(torch.stack(errors))
+        if answer.belief is not None:
+            freedom = min(freedom, _freedom(answer.belief.samples - answer.belief.mean))
         quantile = float(scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * len(errors)))
     off = target.residual(inputs, answer.labels) / max(residuals)
-    predicted = quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
-    return float(f"{predicted:.2e}")  # further digits are chance
+    return quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
 
 
 def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context: Context) -> Tensor:

@@ -87,7 +87,7 @@ def _polish(target: Target, belief: Belief, label: Tensor, context: Context) -> 
     """
     inputs = belief.mean.view(1, *target.input_shape)
     residual = target.residual(inputs, label)
-    if residual <= 2 * target.expected_residual or belief.factor is None:
+    if residual <= min(2 * target.expected_residual, target.tolerance / 1.1) or belief.factor is None:
         return inputs
     factor = belief.factor
     match = Linearized(target, inputs, label)

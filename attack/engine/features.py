@@ -59,6 +59,8 @@ REFINEMENTS = 40
 FIT = 1e-5
 """Largest misfit of refined solutions, relative to the gradient, where the noise is below that: float32 logits of some
 50 make their softmax so inexact."""
+LOST = 3.0
+"""Misfit, in units of the largest of fresh solutions, up to which a moved gradient's are the ones from before."""
 SATURATED = 1e-7
 """Where softmax is the label itself the system is solved by no example."""
 BELOW_ZERO = 2e-2
@@ -117,6 +119,8 @@ def read_features(target: Target, context: Context) -> Features:
     Raises: NoFeatures: the layer is not fully known, the rank says nothing, or fewer solutions than examples came out.
     """
     split = _split(target)
+    if split.batch == 1:
+        return _only_one(split)
     nonnegative = _nonnegative(target)
     found = _Solutions(split, nonnegative)
     likely = _likely_labels(target, nonnegative)
@@ -141,12 +145,22 @@ def read_features(target: Target, context: Context) -> Features:
 def reread_features(target: Target, before: Features) -> Features:
     """The features that a slightly moved gradient gives, found from those before. Raises: NoFeatures."""
     split = _split(target, batch=len(before.labels))
+    if split.batch == 1:
+        return _only_one(split)
     ones = torch.ones_like(before.values[:, :1])
     starts = torch.cat([ones, before.values], 1) @ split.right
     g, misfit = _refine(split, starts, before.labels)
-    if not misfit <= split.misfit:
+    if not misfit <= LOST * split.misfit:
         raise NoFeatures("a solution was lost")
     return _features(split, g, before.labels)
+
+
+def _only_one(split: _Split) -> Features:
+    """Of one example nothing is to be solved: A = e [1, f]'. e is negative at the label alone, and sums to zero."""
+    scale = split.right[0]
+    error = (split.left * split.core * scale).T
+    error = error - error.mean()
+    return Features(values=(split.right[1:] / scale).T, labels=error.argmin(1), error=error)
 
 
 def _split(target: Target, batch: int | None = None) -> _Split:

@@ -9,13 +9,17 @@ from nodes.commands.base import Command, Result
 BENCHMARKS = {
     "exchange": "Exchange",
     "decode": "Decode",
+    "certificate": "Certificate",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode. `gradtap bench NAME --help` tells its options."""
+    """Runs one of the project's benchmarks: exchange, decode, certificate.
+
+    `gradtap bench NAME --help` tells its options.
+    """
 
     def run(self) -> Result:
         """A name must follow, and that is another command."""

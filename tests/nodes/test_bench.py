@@ -40,6 +40,14 @@ def test_bench_decode_checks_and_times_both_protocols_beside_a_plain_read(capsys
         assert case["ratio"] > 0 and case["mb_per_cpu_s"] > 0 and case["setting"]["file_bytes"] > 30000 * 4 * 2 * 2
 
 
+def test_bench_certificate_puts_predictions_beside_true_errors(capsys):
+    assert main(["bench", "certificate", "--cases", "4", "--seed", "3", "--json"]) == 0
+    summary, *rows = json.loads(capsys.readouterr().out)["cases"]
+    assert summary["cases"] == len(rows) == 4 and summary["converged"] >= summary["predicted"] >= summary["covered"]
+    for row in rows:
+        assert (row["true_mse"] is not None) == (row["status"] == "converged")
+
+
 def test_ratios_are_paired():
     case = Case.of("new", [2.0, 20.0, 6.0], baseline=("old", [1.0, 10.0, 2.0]), setting={}, cpu_s=0.0)
     assert case.ratio == 2.0 and case.median_s == 6.0 and case.fastest_s == 2.0

@@ -18,7 +18,7 @@ from attack.observation import Known
 
 Mask: TypeAlias = npt.NDArray[np.uint8]
 
-_BLOCK: Final = 1 << 14
+_BLOCK: Final = 1 << 15
 """Elements worked on at a time: what lies between stays in the cache."""
 
 
@@ -79,33 +79,37 @@ def own_part(after: Float, before: Float | None, rule: Rule, value: Float, known
 def _own_part(after: Float, before: Float | None, rule: Rule, value: Float, known: Mask, bound: Float) -> None:
     fmt, container = rule.format, _ARITHMETIC[rule.format.container].like
     number = fmt.container
-    world = number(rule.world)
-    scale = number(1) if rule.sending is Sending.PLAIN else world
+    scale = number(1) if rule.sending is Sending.PLAIN else number(rule.world)
     exactly_scaled = rule.sending is Sending.PLAIN or (
         rule.sending is Sending.DIVIDED and rule.world & (rule.world - 1) == 0
     )
+    limit = number(np.finfo(number).max / 4)  # of sizes that no factor here brings to overflow
+    limit *= number(2.0**-container.digits) / scale
     if before is None:
         value[:] = after
         bound.fill(0)
         known.fill(Known.RAW if exactly_scaled else Known.DIFFERENCED)
-        if exactly_scaled and (small := np.abs(after) <= number(fmt.smallest_normal)).any():
+        size = np.abs(after)
+        if exactly_scaled and not size.min() > fmt.smallest_normal:
             # A quotient that is not a normal number has lost its last digits; a zero may have been more than that.
+            small = size <= number(fmt.smallest_normal)
             known[small] = Known.DIFFERENCED
             bound[small] = scale * number(fmt.smallest)
+        ordinary = size.max() < limit
     else:
         np.subtract(after, before, out=value)
-        np.add(_half_ulp(after, fmt), _half_ulp(value, container), out=bound)
-        known.fill(Known.DIFFERENCED)
+        _add_half_ulps(after, value, fmt, bound)
+        ordinary = bound.max() * number(2.0 ** (container.digits + 1)) < limit  # at least the size of both sums
         if exactly_scaled:
-            # Twice the smallest number covers what a quotient that is not normal lost; the last factor, this sum.
+            # Twice the smallest number covers what a quotient that is not normal lost; the last factor, these sums.
             bound += number(2 * fmt.smallest)
-            bound *= scale * number(1 + 2.0 ** (2 - container.digits))
+            bound *= scale * number(1 + 2.0 ** (3 - container.digits))
+        known.fill(Known.DIFFERENCED)
     if not exactly_scaled:
         _add_rounding(np.abs(value), rule, bound)
     if scale != 1:
         value *= scale
-    # A bound is finite only where both sums are; a product may overflow besides.
-    if not (np.isfinite(value).all() and bound.max() < np.inf):
+    if not ordinary:
         valid = np.isfinite(value) & np.isfinite(bound)
         known[~valid], value[~valid], bound[~valid] = Known.UNKNOWN, 0, 0
 
@@ -124,11 +128,16 @@ def _add_rounding(size: Float, rule: Rule, bound: Float) -> None:
     bound *= size.dtype.type(rule.world * (1.01 if fmt is not container else 1 + 2.0**-20))
 
 
-def _half_ulp(values: Float, fmt: Format) -> Float:
-    """Half a unit in the last place of a format, or more."""
-    arithmetic = _ARITHMETIC[fmt.container]
-    power: Float = (values.view(arithmetic.bits) & arithmetic.exponent).view(values.dtype)
-    power *= values.dtype.type(2.0**-fmt.digits)
+def _add_half_ulps(after: Float, value: Float, fmt: Format, bound: Float) -> None:
+    """Into `bound`: half a unit in the last place of `after` in its format, and of `value` in its container, or more.
+
+    Not finite where one of them is not.
+    """
+    like, bits, exponent = _ARITHMETIC[fmt.container]
+    np.bitwise_and(after.view(bits), exponent, out=bound.view(bits))  # the powers of two below them
+    if fmt is not like:
+        bound *= fmt.container(2.0 ** (like.digits - fmt.digits))
+    bound += (value.view(bits) & exponent).view(fmt.container)
+    bound *= fmt.container(2.0**-like.digits)
     # A format's smallest numbers are evenly spaced; a container has no number for half of its own, so take it whole.
-    np.maximum(power, values.dtype.type(max(fmt.smallest / 2, arithmetic.like.smallest)), out=power)
-    return power
+    bound += fmt.container(max(fmt.smallest / 2, like.smallest) + 2 * like.smallest)

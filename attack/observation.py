@@ -26,6 +26,22 @@ class Known(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Factor:
+    """What a rank sent in place of a parameter's gradient, and is none: PowerSGD's (arXiv 1905.13727)."""
+
+    parameter: int
+    """Which, in `model.parameters()` order."""
+    name: str
+    """`p` or `q`: the rank's part of the sum that becomes that factor, shape (rows, rank) or (columns, rank). `sent`:
+    its part of a sum that is not compressed, of the parameter's shape; error feedback adds last step's error to it."""
+    values: Tensor
+    known: Tensor
+    """uint8: a `Known` for each element."""
+    bound: Tensor
+    """Largest absolute error of each differenced element."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
     """What the wire said of one rank at one step."""
 
@@ -52,6 +68,8 @@ class Observation:
     seen."""
     shapes: Shapes
     """Shape of each parameter, in order."""
+    factors: tuple[Factor, ...] = ()
+    """What was sent in place of gradients; where these are not known but for that."""
     defense: str | None = None
     """The public side of the sender's defense, as the wire says it; None for a plain gradient."""
 

@@ -1,6 +1,7 @@
 """Observations <-> one safetensors file, whole or not at all.
 
     step{S}.rank{R}.gradient, .known, .bound (where there is one)
+    step{S}.rank{R}.{p,q,sent}{PARAMETER}, .known, .bound (of what was sent in place of a gradient)
     step{S}.weights, step{S}.buffers, step{S}.average (where known)
 
 Before that stands `group{NAME}.` where it is not the group of all ranks that exchanged them. All are float32, or
@@ -26,10 +27,12 @@ from torch import Tensor
 
 from attack.decode.recording import Recording
 from attack.errors import DecodeError
-from attack.observation import Known, Observation, Shapes
+from attack.observation import Factor, Known, Observation, Shapes
 
 FORMAT = 1
-_KEY = re.compile(r"(group.+\.)?step\d+\.(rank\d+\.(gradient|known|bound)|weights|buffers|average)")
+_KEY = re.compile(
+    r"(group.+\.)?step\d+\.(rank\d+\.(gradient|known|bound|(p|q|sent)\d+(\.known|\.bound)?)|weights|buffers|average)"
+)
 
 
 def write_observations(source: Recording | Iterable[Observation], path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,6 +60,9 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
         ):
             if tensor is not None:
                 tensors[name] = tensor
+        for factor in seen.factors:
+            name = f"{rank}.{factor.name}{factor.parameter}"
+            tensors |= {name: factor.values, f"{name}.known": factor.known, f"{name}.bound": factor.bound}
         shapes[seen.group] = seen.shapes
         entries.append(
             {
@@ -66,6 +72,7 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
                 "exchange": seen.exchange,
                 "group": seen.group,
                 "defense": seen.defense,
+                "factors": [{"parameter": factor.parameter, "name": factor.name} for factor in seen.factors],
             }
         )
         elements += seen.known.numel()
@@ -117,7 +124,8 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
                         **{name: f"{step}.{name}" for name in ("weights", "buffers", "average")},
                     }.items()
                 }
-                yield _observation(f"{path}: {rank}", entry, tensors, shapes)
+                factors = tuple(_factor(file, rank, one) for one in entry.get("factors", ()))
+                yield _observation(f"{path}: {rank}", entry, tensors, shapes, factors)
     except OSError as error:
         raise DecodeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -130,8 +138,22 @@ def _names(group: str | None, step: int, rank: int) -> tuple[str, str]:
     return f"{within}step{step}.rank{rank}", f"{within}step{step}"
 
 
+def _factor(file: Any, rank: str, entry: dict[str, Any]) -> Factor:
+    """What a rank sent in place of a gradient. Raises: SafetensorError, ValueError."""
+    parameter, name = int(entry["parameter"]), str(entry["name"])
+    where = f"{rank}.{name}{parameter}"
+    values, known, bound = (file.get_tensor(f"{where}{part}") for part in ("", ".known", ".bound"))
+    if known.dtype != torch.uint8 or not values.shape == known.shape == bound.shape:
+        raise ValueError(f"{where}: its mask or its bound is not that of its values")
+    return Factor(parameter=parameter, name=name, values=values, known=known, bound=bound)
+
+
 def _observation(
-    where: str, entry: dict[str, Any], tensors: dict[str, Tensor | None], shapes: tuple[tuple[int, ...], ...]
+    where: str,
+    entry: dict[str, Any],
+    tensors: dict[str, Tensor | None],
+    shapes: tuple[tuple[int, ...], ...],
+    factors: tuple[Factor, ...],
 ) -> Observation:
     double = tensors["gradient"] is not None and tensors["gradient"].dtype == torch.float64
     floating = torch.float64 if double else torch.float32
@@ -162,6 +184,7 @@ def _observation(
         weights=tensors["weights"],
         buffers=tensors["buffers"],
         shapes=shapes,
+        factors=factors,
         defense=None if entry["defense"] is None else str(entry["defense"]),
     )
 

@@ -142,6 +142,16 @@ class Desk:
                 }
                 if seen.group is not None:
                     rank["group"] = seen.group
+                if seen.factors:
+                    rank["factors"] = [
+                        {
+                            "parameter": factor.parameter,
+                            "name": factor.name,
+                            "shape": list(factor.values.shape),
+                            "complete": bool(factor.known.all()),
+                        }
+                        for factor in seen.factors
+                    ]
                 steps.setdefault(seen.step, []).append(rank)
         except CaptureError as error:
             self.notes.add(f"the capture is damaged, and was read up to there: {error}")

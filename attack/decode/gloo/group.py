@@ -92,7 +92,7 @@ class Group:
             average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
         if (ranks := self.ranks()) is None:
             self._notes.add("it is not certain which ranks of the job these are: their gradients are left out")
-        for rank, vector in zip(ranks or (), step.seen.ranks, strict=ranks is not None):
+        for at, (rank, vector) in enumerate(zip(ranks or (), step.seen.ranks, strict=ranks is not None)):
             yield Observation(
                 rank=rank,
                 step=step.step,
@@ -106,6 +106,7 @@ class Group:
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
+                factors=step.factors[at] if step.factors is not None else (),
                 defense=f"{self.job.format.name} on the wire" if self.job.format in (FLOAT16, BFLOAT16) else None,
             )
         if self._shadow is not None:

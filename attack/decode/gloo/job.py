@@ -16,15 +16,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, take_apart
+from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
 from attack.decode.gloo.formats import FLOAT16, FLOAT32, Float, Format, numbers
 from attack.decode.gloo.head import Kind
 from attack.decode.gloo.inversion import Rule, Sending
 from attack.decode.gloo.layout import Bucket, Finder
+from attack.decode.gloo.lowrank import factors_of, solve_compression
 from attack.decode.gloo.network import Network
 from attack.decode.gloo.parameters import Layout, begins_layout, joined, parse_layout
 from attack.decode.gloo.setup import Collective, Plan, recognize
 from attack.decode.notes import Notes
+from attack.observation import Factor
 
 MAX_SKIPPED = 16
 """All-reduces before the first step that are none of its buckets."""
@@ -40,6 +42,8 @@ class Step:
     buffers: Float | None
     """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
     first_tag: int
+    factors: list[tuple[Factor, ...]] | None = None
+    """By rank, what was sent in place of gradients."""
 
 
 class Job:
@@ -63,6 +67,7 @@ class Job:
         self._looked = -1  # the collective that all had come past when the layout was last looked for
         self._open: Step | None = None
         self._done = 0  # buckets of the open step
+        self._compressed = False  # a step's gradients came as factors
         self._over = False
         self._world: int | None = None
 
@@ -182,6 +187,11 @@ class Job:
         if not (is_whole(ring, links, tag) or end or self._closed(self._horizon)):
             return
         if not agrees(ring, links, tag):
+            if self._open is None and not self.plan.flat and len(self._layout) == 1:
+                if not (end or self._closed(tag + 2)):
+                    return
+                if self._read_factors(bucket):
+                    return
             if self._open is None:
                 self._skip("an all-reduce of another size than the next bucket's")
             else:
@@ -200,6 +210,54 @@ class Job:
         )
         self._done += 1
         self._pass()
+
+    def _read_factors(self, bucket: Bucket) -> bool:
+        """Whether the next two or three sums are what PowerSGD makes of a step's one bucket: then they are read.
+
+        With several buckets the hook waits in Gloo's two threads for what they themselves must do, and never ends.
+        """
+        assert self.plan is not None and self.plan.shapes is not None and self._network.world is not None
+        links, world, fmt = self._network.ring(), self._network.world, bucket.format
+        starts = {start: index for index, start in enumerate(self.plan.offsets[:-1])}
+        order = [starts[part.start] for part in bucket.parts]
+        ways = []
+        for tags in ((None, self._tag, self._tag + 1), (self._tag, self._tag + 1, self._tag + 2)):
+            totals = [
+                0 if tag is None else solve_total(links, tag, world=world, element=fmt.bytes) or 0 for tag in tags
+            ]
+            sizes = (totals[0] // fmt.bytes, totals[1] // fmt.bytes, totals[2] // fmt.bytes)
+            if totals[1] and totals[2] and (way := solve_compression(self.plan.shapes, order, sizes)):
+                ways.append((tags, sizes, way))
+        if len(ways) != 1:
+            return False
+        tags, sizes, way = ways[0]
+        sums = [Gradients.unknown(size, world=world, dtype=fmt.container) for size in sizes]
+        for tag, size, into in zip(tags, sizes, sums, strict=True):
+            if tag is not None:
+                take_apart(
+                    Bucket((slice(0, size),), fmt).ring(world),
+                    links,
+                    tags=(tag, tag, tag),
+                    rule=Rule(fmt, Sending.PLAIN, world),
+                    bucket=(slice(0, size),),
+                    into=into,
+                    notes=self._notes,
+                )
+        step = self._begin_step()
+        step.factors = [factors_of(way, self.plan.shapes, [one.ranks[rank] for one in sums]) for rank in range(world)]
+        if not self._compressed and self._regular:
+            for vector, plain in zip(step.seen.ranks, sums[0].ranks, strict=True):
+                at = 0
+                for where in (slice(*self.plan.offsets[index : index + 2]) for index in way.plain):
+                    part = slice(at, at := at + where.stop - where.start)
+                    vector.values[where], vector.known[where] = plain.values[part], plain.known[part]
+                    vector.bound[where] = plain.bound[part]
+        self._notes.add("PowerSGD: the ranks' parts of its factors are given as what they are; they are no gradients")
+        self._compressed = True
+        self._done = len(self._layout)
+        while self._tag <= tags[2]:
+            self._pass()
+        return True
 
     def _find_layout(self, *, closed: bool, end: bool) -> bool:
         """Looks for the buckets of the first step, once there is enough to tell them by; False where there is not.

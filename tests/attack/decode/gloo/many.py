@@ -4,12 +4,14 @@
 
 JOBS is JSON, a list of jobs: see `train`. Under torchrun it is one rank; else it forks all of them. A job's model is
 wrapped over all ranks, or over a process group of its own where the job says `ranks`. The truth is as in `stock.py`, in
-OUT/step{S}.rank{R}.npz, with `group{NAME}.` before it for a group.
+OUT/step{S}.rank{R}.npz, with `group{NAME}.` before it for a group; of PowerSGD also what was summed.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch.distributed as dist
 # Imported once a group is there, it would keep the group, and torch 2.13 now and then aborts at exit.
 import torch.distributed.nn
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,6 +57,23 @@ def flat(tensors: Any) -> np.ndarray:
     wide = [tensor.detach().reshape(-1) for tensor in tensors]
     double = any(tensor.dtype == torch.float64 for tensor in wide)
     return torch.cat([tensor.to(torch.float64 if double else torch.float32) for tensor in wide]).numpy().copy()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[np.ndarray]]:
+    """What this rank gives to `all_reduce`, as hooks written in Python call it."""
+    sums: list[np.ndarray] = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sums.append(tensor.detach().float().numpy().copy())
+        return real(tensor, *args, **options)
+
+    dist.all_reduce = all_reduce
+    try:
+        yield sums
+    finally:
+        dist.all_reduce = real
 
 
 def talk(group: dist.ProcessGroup) -> None:
@@ -100,7 +119,10 @@ def train(out: Path, job: dict[str, Any]) -> None:
     if job.get("last"):
         model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, process_group=group, bucket_cap_mb=job.get("cap", 25))
-    if "hook" in job:
+    if job.get("hook") == "powersgd":
+        state = powerSGD_hook.PowerSGDState(group, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    elif "hook" in job:
         ddp.register_comm_hook(group, HOOKS[job["hook"]])
     optimizer = torch.optim.SGD(ddp.parameters(), lr=LEARNING_RATE)
     prefix = f"group{group.group_name}." if "ranks" in job else ""
@@ -111,8 +133,11 @@ def train(out: Path, job: dict[str, Any]) -> None:
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         truth = {"gradient": flat(alone), "weights": flat(model.parameters())}
+        with listening() as sums:
+            functional.cross_entropy(ddp(inputs), labels).backward()
+        if len(sums) == 3:
+            truth |= dict(zip(("sent", "p", "q"), sums, strict=True))
         np.savez(out / f"{prefix}step{step}.rank{rank}.npz", **truth)
-        functional.cross_entropy(ddp(inputs), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         if job.get("talk"):

@@ -97,9 +97,9 @@ def record(case: Case, run: Path) -> Path:
 
 def run_alone(node: Node, run: Path) -> Path:
     """Runs one node in a lab. Returns the run folder."""
-    result = run_lab(LabConfig(nodes=(node,), run=run, ring_mib=32, deadline_s=120.0, echo=False))
+    result = run_lab(LabConfig(nodes=(node,), run=run, ring_mib=256, deadline_s=600.0, echo=False))
     assert result.ok, (result.message, result.log_tail)
-    assert result.dropped == 0
+    assert result.dropped == 0, result.message
     return run
 
 

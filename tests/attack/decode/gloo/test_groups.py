@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from attack.capture.reassembly import read_streams
 from attack.decode.directory import Directory
 from attack.decode.recording import Recording
-from tests.attack.decode.gloo.recordings import check, observe, read_truth, record_many
-
-JOBS = [
-    {"model": "norm", "talk": True, "steps": 3},
-    {"model": "lenet", "ranks": [0, 1]},
-    {"model": "norm", "ranks": [1, 2], "talk": True, "steps": 3},
-    {"model": "norm", "ranks": [0, 1, 2]},
-]
+from tests.attack.decode.gloo.conftest import MANY, Many
 
 
 @pytest.mark.lab
-def test_each_group_is_read_by_itself_whatever_else_it_says(tmp_path: Path) -> None:
-    run = record_many(JOBS, tmp_path / "run", world=3)
-    truth = read_truth(run / "truth")
-    found, desk = observe(list(read_streams(run / "wire.pcapng")))
-    check(truth, found)
-    assert all(seen.complete and seen.weights is not None for seen in found), desk.notes.lines()
-    wanted = [
-        (None if not index else str(index), step, rank)
-        for index, job in enumerate(JOBS)
-        for step in range(job.get("steps", 2))
-        for rank in job.get("ranks", range(3))
-    ]
-    assert sorted(map(str, wanted)) == sorted(str((seen.group, seen.step, seen.rank)) for seen in found)
-
-    groups = {group["group"]: group for group in Recording(run / "wire.pcapng").inspect()["groups"]}
-    assert [groups[name]["ranks"] for name in (None, "1", "2", "3")] == [[0, 1, 2], [0, 1], [1, 2], [0, 1, 2]]
+def test_groups_are_told_apart_and_all_that_they_say_is_counted(many: Many) -> None:
+    groups = {group["group"]: group for group in Recording(many.capture).inspect()["groups"]}
+    assert list(groups) == [None, *map(str, range(1, len(MANY)))]
+    assert [group["ranks"] for group in groups.values()] == [job.get("ranks", [0, 1, 2]) for job in MANY]
     for name, world in ((None, 3), ("2", 2)):
         counts = {one["kind"]: (one["count"], one["messages"], one["bytes"]) for one in groups[name]["collectives"]}
         ring, others = world * (world - 1), world - 1
@@ -48,6 +26,8 @@ def test_each_group_is_read_by_itself_whatever_else_it_says(tmp_path: Path) -> N
         # One bucket, two of 7 elements, and reduce_scatter: of each rank's share, one.
         assert counts["allreduce"][0] == 3 * (1 + 2 + world)
         assert counts["barrier"][0] == 3 + (2 if name is None else 1)
+    shapes = [[24, 20], [24], [24], [24], [5, 24], [5]]
+    assert groups[None]["shapes"] == groups["5"]["shapes"] == shapes
 
 
 def test_ranks_of_a_group_are_named_only_where_it_is_certain_who_they_are() -> None:

@@ -21,7 +21,8 @@ from attack.decode.gloo.framing import Message
 from attack.decode.gloo.head import Kind
 from attack.decode.gloo.inversion import Mask, Rule, own_part
 from attack.decode.gloo.network import Link
-from attack.decode.gloo.ring import Part, Ring, align, totals
+from attack.decode.gloo.placement import Step, place
+from attack.decode.gloo.ring import Part, Ring, totals
 from attack.decode.notes import Notes
 from attack.observation import Known
 
@@ -125,7 +126,8 @@ def take_apart(
     ring: Ring,
     links: dict[int, Link],
     *,
-    tags: tuple[int, int, int],
+    tag: int,
+    step: Step,
     rule: Rule,
     bucket: Sequence[slice],
     into: Gradients,
@@ -136,8 +138,8 @@ def take_apart(
     Args:
         ring: its geometry; the total is proven.
         links: by sender.
-        tags: of the first collective that was under way beside it, its own, and of the last one beside it. Collectives
-            beyond these are separate: all ranks wait for those of a step before they begin the next.
+        tag: its own.
+        step: what was under way beside it.
         rule: what the ranks did before adding.
         bucket: where its elements belong, part by part.
         into: gets what is known.
@@ -145,7 +147,8 @@ def take_apart(
     """
     sums = _Sums(rule)
     for rank, link in links.items():
-        for part, message in _placed(ring, rank, link, tags, notes):
+        placed, link.rest = place(step, tag, rank, link, notes)
+        for part, message in placed:
             sums.add(part, message)
     pieces = _Pieces(bucket)
     for segment in range(ring.num_segments):
@@ -165,16 +168,21 @@ def take_apart(
                 values, known = before[0][inside], before[1]
                 into.total[where], into.total_known[where] = values, True if known is None else known[inside]
     if sums.disputed:
-        notes.add(f"collective {tags[1]}: {sums.disputed} elements differ between two links: left unknown")
+        notes.add(f"collective {tag}: {sums.disputed} elements differ between two links: left unknown")
 
 
-def partial_sums(
-    ring: Ring, links: dict[int, Link], *, tags: tuple[int, int, int]
-) -> Iterator[tuple[memoryview, memoryview]]:
-    """Of the same elements the payloads before a rank added its own, and after; arguments as those of `take_apart`."""
+def partial_sums(ring: Ring, links: dict[int, Link], *, tag: int, last: int) -> Iterator[tuple[memoryview, memoryview]]:
+    """Of the same elements the payloads before a rank added its own, and after.
+
+    Args:
+        ring: the geometry of the all-reduce; its total is proven.
+        links: by sender.
+        tag: its own.
+        last: of the last collective that may be under way beside it.
+    """
     seen: dict[Part, bytearray] = {}
     for rank, link in links.items():
-        for part, message in _placed(ring, rank, link, tags, Notes()):
+        for part, message in place(Step({tag: ring}, last, float("inf")), tag, rank, link, Notes())[0]:
             if not message.holes:
                 seen.setdefault(part, message.payload)
     for part, after in seen.items():
@@ -223,31 +231,3 @@ def _add_own(vector: Vector, where: slice, after: _Sum | None, before: _Sum | No
     for seen in (after[1], None if before is None else before[1]):
         if seen is not None:
             value[~seen], known[~seen], bound[~seen] = 0, Known.UNKNOWN, 0
-
-
-def _placed(
-    ring: Ring, rank: int, link: Link, tags: tuple[int, int, int], notes: Notes
-) -> Iterator[tuple[Part, Message]]:
-    """The messages of one link with what they carry, as far as that can be proven."""
-    first, tag, last = tags
-    seen = link.slots.get((Kind.ALLREDUCE, tag), [])
-    parts, expected = ring.sent_by(rank)
-    lengths = tuple(len(one.message.payload) for one in seen)
-    later = [epoch for other, (epoch, _) in link.spans.items() if other > last]
-    low = max([link.floor, *(epoch for other, (_, epoch) in link.spans.items() if other < first)])
-    high = min(later, default=len(link.losses))
-    if lengths == expected or (low == high and lengths == expected[: len(lengths)]):
-        yield from zip(parts, (one.message for one in seen), strict=False)
-        return
-    groups = [[one for one in seen if one.epoch == epoch] for epoch in range(low, high + 1)]
-    if sum(map(len, groups)) != len(seen):
-        notes.add(f"flow {link.flow}: messages of collective {tag} out of order: not believed")
-        return
-    sizes = [[len(one.message.payload) for one in group] for group in groups]
-    capacities = [0.0, *link.losses[low:high]]
-    placed = align(sizes, capacities, expected, ended=bool(later))
-    if all(place is None for place, group in zip(placed, groups, strict=True) if group) and seen:
-        notes.add(f"flow {link.flow}: the place of messages of collective {tag} cannot be proven: left out")
-    for place, group in zip(placed, groups, strict=True):
-        if place is not None:
-            yield from zip(parts[place:], (one.message for one in group), strict=False)

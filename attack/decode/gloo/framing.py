@@ -19,6 +19,11 @@ from attack.errors import DecodeError
 Holes: TypeAlias = tuple[tuple[int, int], ...]
 """First byte of each, and the one behind its last, within a payload."""
 
+Fragments: TypeAlias = tuple[tuple[int, bytearray], ...]
+"""Offset in the stream, and bytes."""
+MAX_TAIL_BYTES: Final = 1 << 20
+"""Longest message of a ring."""
+
 _HEAD: Final = re.compile(rb"(?s)(?=.{6}\0\0[\x01-\x03]\0{7}(?:.{7}[\x01-\x08]|.{4}\0{4})\0{8}.{6}\0\0\0{8})")
 _UNTIL_DATA: Final = 1 << 16
 """Bytes searched at a time: what lies behind a head that was found is not looked at twice."""
@@ -60,6 +65,8 @@ class Resumed(NamedTuple):
 
     offset: int
     skipped: int
+    before: Fragments = ()
+    """What was seen of these bytes, as far as the last message before `offset` may reach."""
 
 
 Event: TypeAlias = Hello | Message | Announcement | Lost | Resumed
@@ -83,6 +90,7 @@ class GlooDecoder:
         self._greeted = not from_start
         self._lost = not from_start
         self._tag: int | None = 0 if from_start else None  # of a head that is certain; None: there was none
+        self._seen: list[tuple[int, bytearray]] = []  # in a search, without heads
         self._trial: Message | None = None  # found in a search; proven if a head follows
         self._trial_head = Head(Opcode.SEND_UNBOUND_BUFFER, Slot(Kind.BARRIER, 0, 0), 0, 0)
         self._trial_at = 0  # its head's offset
@@ -130,6 +138,8 @@ class GlooDecoder:
         if not self._lost:
             self._lost = self._greeted = True
             yield Lost(self._boundary)
+        elif self._trial is None:
+            self._keep(len(self._rest))
         self._trial = None  # the head that would have proven it was missed
         self._rest.clear()
         self.offset += length
@@ -196,6 +206,7 @@ class GlooDecoder:
         """Looks for a head in `rest`; what comes behind one is handed back to be read as its payload."""
         at = _find_head(self._rest)
         if at is not None and (head := parse_head(self._rest, at)) is not None:
+            self._keep(at)
             behind = bytes(self._rest[at + HEAD_BYTES :])
             self.offset -= len(behind)
             self._trial_at = self.offset - HEAD_BYTES
@@ -206,8 +217,22 @@ class GlooDecoder:
             if not head.payload:
                 yield from self._finish_message()  # becomes the trial, where nothing is certain yet
             return memoryview(behind + bytes(view)) if behind else view
-        del self._rest[: max(0, len(self._rest) - HEAD_BYTES + 1)]
+        searched = max(0, len(self._rest) - HEAD_BYTES + 1)
+        self._keep(searched)
+        del self._rest[:searched]
         return view
+
+    def _keep(self, count: int) -> None:
+        """The first bytes of `rest` hold no head: they may be the end of a message whose head was missed."""
+        start = self.offset - len(self._rest)
+        if not count or self._tag is None:
+            return
+        if self._seen and self._seen[-1][0] + len(self._seen[-1][1]) == start:
+            self._seen[-1][1].extend(self._rest[:count])
+        else:
+            self._seen.append((start, self._rest[:count]))
+        while (first := self._seen[0])[0] + len(first[1]) <= start + count - MAX_TAIL_BYTES:
+            del self._seen[0]
 
     def _judge(self, head: Head | None, start: int) -> Iterator[Event]:
         """Whether a message found in a search was one: a head must begin where it ended."""
@@ -221,7 +246,8 @@ class GlooDecoder:
     def _resume(self, head: Head) -> Resumed:
         self._lost = False
         self._remember(head.slot)
-        return Resumed(self._trial_at, self._trial_at - self._boundary)
+        seen, self._seen = tuple(self._seen), []
+        return Resumed(self._trial_at, self._trial_at - self._boundary, seen)
 
 
 def _told(head: Head, message: Message) -> Message | Announcement:

@@ -18,12 +18,14 @@ import numpy as np
 
 from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
 from attack.decode.gloo.formats import FLOAT16, FLOAT32, Float, Format, numbers
-from attack.decode.gloo.head import Kind
+from attack.decode.gloo.head import HEAD_BYTES, Kind
 from attack.decode.gloo.inversion import Rule, Sending
-from attack.decode.gloo.layout import Bucket, Finder
+from attack.decode.gloo.layout import Bucket, Finder, is_layout
 from attack.decode.gloo.lowrank import factors_of, solve_compression
 from attack.decode.gloo.network import Network
-from attack.decode.gloo.parameters import Layout, begins_layout, joined, parse_layout
+from attack.decode.gloo.parameters import Layout, begins_layout, gathered, joined, parse_layout
+from attack.decode.gloo.placement import Step as Beside
+from attack.decode.gloo.ring import Ring
 from attack.decode.gloo.setup import Collective, Plan, recognize
 from attack.decode.notes import Notes
 from attack.observation import Factor
@@ -60,6 +62,8 @@ class Job:
         self._layout: list[Bucket] = []
         self._layout_settled = False
         self._indices: bytearray | None = None  # of a new layout, whose sizes come next
+        self._alone = False  # nothing is ever under way beside the buckets
+        self._between: float = 0  # bytes that a link may have carried since the last step
         self._regular = True  # never anything but buckets and broadcasts before each step
         self._prologue = 0  # broadcasts before the next step, so far
         self._usual_prologue: int | None = None  # before the last step, once the layout was settled
@@ -98,7 +102,8 @@ class Job:
             return
         if self.plan is None:
             if kinds == {Kind.ALLREDUCE} and len(self._setup) != self._unrecognized:
-                self.plan = recognize(self._setup, self._notes)
+                plan = recognize(self._setup, self._notes)
+                self.plan = None if plan is not None and plan.flat and network.by_root else plan
                 self._unrecognized = len(self._setup)
             elif closed and not kinds and network.is_empty(tag, self._horizon):
                 self._pass()
@@ -108,6 +113,7 @@ class Job:
                 self._pass()
                 network.settle(tag)
         elif not kinds and network.is_empty(tag, self._horizon):
+            self._alone = self._open is None and self._alone
             self._pass()  # monitored_barrier counts twice, and so does who sums nothing
         elif kinds == {Kind.ALLREDUCE}:
             self._read_bucket(closed=closed, end=end)
@@ -136,14 +142,20 @@ class Job:
         a parameter may have a bucket of its own."""
         if self.plan is None:
             return self._tag
-        return self._tag + (len(self._layout) - self._done if self._layout else max(self.plan.count, 0))
+        if not self._layout:
+            return self._tag + max(self.plan.count, 0)
+        last = self._tag + len(self._layout) - self._done - 1
+        kinds = self._network.kinds(last + 1)
+        alone = (self._alone and self._regular) or (kinds and Kind.ALLREDUCE not in kinds)
+        return last if alone else last + 1
 
     def _read(self, tag: int, kinds: set[Kind], *, end: bool) -> Collective | None:
         """What a collective moved, that is over; None while a copy may come that has what the others lack."""
         if len(kinds) != 1:
-            return Collective(Kind.ALLREDUCE, None)
+            return Collective(Kind.ALLREDUCE if kinds else None, None)
         [kind] = kinds
-        content, sizes = joined(self._network.copies(kind, tag)), self._network.sizes(kind, tag)
+        copies, sizes = self._network.copies(kind, tag), self._network.sizes(kind, tag)
+        content = (gathered(copies) if kind is Kind.ALLGATHER else None) or joined(copies)
         if content is None and kind in (Kind.BROADCAST, Kind.ALLGATHER):
             # A hole may be waited for that nobody will fill: a link that is idle does not say so before its end.
             if not end and self._network.held_bytes <= self._patience:
@@ -155,21 +167,25 @@ class Job:
         assert self.plan is not None
         if broadcast.kind is not Kind.BROADCAST:
             self._regular = False
+            self._between = float("inf")
             return
         content, plan = broadcast.content, self.plan
+        # Its message, and as many announcements as a link can have of it.
+        self._between += float("inf") if broadcast.size is None else 3 * HEAD_BYTES + broadcast.size
         if self._indices is not None:
-            layout = parse_layout(self._indices, content or b"", plan.count)
+            layout = parse_layout(self._indices, content, plan.count)
             self._indices = None
             if layout is None:
                 self._refuse("wanted the layout of the buckets, got other numbers, or not all of them")
                 return
             parameters = [slice(*plan.offsets[index : index + 2]) for index in range(plan.count)]
             self._layout = [Bucket(tuple(parameters[index] for index in bucket), self.format) for bucket in layout]
-            self._layout_settled = True
+            self._layout_settled = self._alone = True  # DDP maps unused parameters only where it keeps its buckets
             return
-        if content is None and not self._layout_settled:
+        unsettled = not self._layout_settled
+        if content is None and unsettled and (broadcast.size is None or is_layout({broadcast.size}, plan)):
             self._refuse("a broadcast that may be the layout of the buckets was not seen whole")
-        elif content is not None and not self._layout_settled and begins_layout(content, plan.count):
+        elif content is not None and unsettled and begins_layout(content, plan.count):
             self._indices = content
             return
         elif plan.buffers is not None and not self._prologue:
@@ -202,7 +218,8 @@ class Job:
         take_apart(
             ring,
             links,
-            tags=(step.first_tag, tag, self._horizon),
+            tag=tag,
+            step=Beside(self._rings(), self._horizon, self._between),
             rule=Rule(bucket.format, sending, ring.world),
             bucket=bucket.parts,
             into=step.seen,
@@ -210,6 +227,12 @@ class Job:
         )
         self._done += 1
         self._pass()
+
+    def _rings(self) -> dict[int, Ring]:
+        """Of the open step, by tag."""
+        assert self._open is not None
+        world = self._network.world or 0
+        return {self._open.first_tag + at: bucket.ring(world) for at, bucket in enumerate(self._layout)}
 
     def _read_factors(self, bucket: Bucket) -> bool:
         """Whether the next two or three sums are what PowerSGD makes of a step's one bucket: then they are read.
@@ -234,10 +257,12 @@ class Job:
         sums = [Gradients.unknown(size, world=world, dtype=fmt.container) for size in sizes]
         for tag, size, into in zip(tags, sizes, sums, strict=True):
             if tag is not None:
+                ring = Bucket((slice(0, size),), fmt).ring(world)
                 take_apart(
-                    Bucket((slice(0, size),), fmt).ring(world),
+                    ring,
                     links,
-                    tags=(tag, tag, tag),
+                    tag=tag,
+                    step=Beside({tag: ring}, tag, float("inf")),
                     rule=Rule(fmt, Sending.PLAIN, world),
                     bucket=(slice(0, size),),
                     into=into,
@@ -298,7 +323,7 @@ class Job:
             plan.buffers = rest if rest.size else None
         else:
             plan.settle(layout[0].format)
-        self._layout_settled = plan.flat or len(layout) > 1
+        self._layout_settled, self._alone = plan.flat or len(layout) > 1, plan.flat
 
     @property
     def format(self) -> Format:
@@ -350,7 +375,7 @@ class Job:
         self._network.settle(self._tag - 1)
         self._step += 1
         self._done = self._prologue = 0
-        self._buffers = None
+        self._buffers, self._between = None, 0
         return done
 
     def _pass(self) -> None:
@@ -361,6 +386,7 @@ class Job:
     def _skip(self, what: str) -> None:
         """Passes over an all-reduce between two steps that is no bucket."""
         self._regular = False
+        self._between = float("inf")
         self._notes.add(f"{what}: passed over")
         self._network.passed_over.add(self._tag)
         self._pass()

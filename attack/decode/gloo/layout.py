@@ -6,7 +6,7 @@ but for the number format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ from attack.decode.gloo.allreduce import agrees, partial_sums, solve_total
 from attack.decode.gloo.formats import FLOAT32, WIDTHS, Format, tell_format
 from attack.decode.gloo.head import Kind
 from attack.decode.gloo.network import Network
-from attack.decode.gloo.parameters import begins_layout
 from attack.decode.gloo.ring import Ring
 from attack.decode.gloo.setup import Plan
 
@@ -39,6 +38,12 @@ class Bucket(NamedTuple):
         return Ring(self.format.bytes * self.elements, world, self.format.bytes)
 
 
+def is_layout(sizes: Set[int], plan: Plan) -> bool:
+    """Whether a broadcast of messages of these sizes is the first part of a layout: no buffers have that size."""
+    buffers = {len(state.buffers) for state in plan.states}
+    return sizes == {4 * (plan.count + 1)} and not buffers & sizes
+
+
 class Finder:
     """Looks for the first step of one job."""
 
@@ -54,13 +59,10 @@ class Finder:
         Only in the first case the final layout is broadcast behind the first step, and directly behind it where the
         script says nothing between: then it is not necessary that the first step was seen whole.
         """
-        broadcasts = [
-            part.payload for copy in self._network.copies(Kind.BROADCAST, tag + 1) for part in copy if not part.holes
-        ]
-        if next_one and any(begins_layout(payload, self._plan.count) for payload in broadcasts):
-            links = self._network.ring()
+        if next_one and is_layout(self._network.sizes(Kind.BROADCAST, tag + 1), self._plan):
+            links, sizes = self._network.ring(), self._network.sizes(Kind.ALLREDUCE, tag)
             rings = [Ring(width * self._plan.offsets[-1], self._world, width) for width in WIDTHS]
-            fitting = [ring for ring in rings if agrees(ring, links, tag)]
+            fitting = [ring for ring in rings if ring.fits(sizes) and agrees(ring, links, tag)]
             fmt = self._format(fitting[0], tag) if fitting else None
             return [Bucket(self._whole, fmt)] if fmt is not None else []
         return next((found for width in WIDTHS if (found := self._backwards(tag, width))), [])
@@ -112,6 +114,6 @@ class Finder:
         def alike() -> Iterator[tuple[memoryview, memoryview]]:
             for other in range(tag, last + 1):
                 if other == tag or self._total(other, ring.element) == ring.total:
-                    yield from partial_sums(ring, links, tags=(other, other, other + self._plan.count))
+                    yield from partial_sums(ring, links, tag=other, last=other + self._plan.count)
 
         return tell_format(ring.element, alike())

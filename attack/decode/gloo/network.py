@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from attack.capture.streams import Flow
 from attack.decode.directory import Directory
-from attack.decode.gloo.framing import Message
+from attack.decode.gloo.framing import Fragments, Message
 from attack.decode.gloo.head import HEAD_BYTES, Kind, Slot
 from attack.decode.gloo.seats import Connection, seat
 from attack.decode.gloo.tally import Tally
@@ -25,6 +25,30 @@ class Seen(NamedTuple):
 
     message: Message
     epoch: int
+
+
+class Tail(NamedTuple):
+    """What was seen of the bytes before a head, behind which nothing is missed."""
+
+    end: int
+    """Offset of that head in the stream."""
+    fragments: Fragments
+
+    @property
+    def size(self) -> int:
+        """Bytes that are kept of it."""
+        return sum(len(data) for _, data in self.fragments)
+
+
+class Rest(NamedTuple):
+    """What is known to be missing of a collective at its end."""
+
+    epoch: int
+    """The one behind the loss in which all of it is missing."""
+    size: int
+    """Bytes, with heads."""
+    slack: int
+    """Bytes of announcements that may be missing there too, at most."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -49,6 +73,11 @@ class Link:
     doubts: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     announced: dict[tuple[Kind, int], set[int]] = dataclasses.field(default_factory=dict)
     """Bytes of the payloads that its sender was going to send, by collective."""
+    passed: dict[int, int] = dataclasses.field(default_factory=dict)
+    """Bytes of the payloads that came, and of their heads, by tag."""
+    tails: dict[int, Tail] = dataclasses.field(default_factory=dict)
+    """By how many losses there had been."""
+    rest: Rest | None = None
     carries: set[Kind] = dataclasses.field(default_factory=set)
     """Kinds of collectives for which its sender sends."""
 
@@ -65,6 +94,8 @@ class Network:
         self._ranks: dict[Flow, tuple[int, int]] | None = None
         self._world: int | None = None
         self._version = -1
+        self.by_root = False
+        """Whether nothing says which of two ranks is 0, but that it broadcasts: as DDP does, and others need not."""
         self.taken = -1
         """Collectives up to this tag have been taken out."""
         self.passed_over: set[int] = set()
@@ -82,6 +113,7 @@ class Network:
         """This direction belongs to another group: so does all that it has said so far."""
         if (link := self.links.pop(flow, None)) is not None:
             size = sum(len(seen.message.payload) for slot in link.slots.values() for seen in slot)
+            size += sum(tail.size for tail in link.tails.values())
             self.held_bytes -= size
             other.held_bytes += size
             other.links[flow] = link
@@ -112,10 +144,11 @@ class Network:
         if message.slot.kind is Kind.POINT_TO_POINT:
             return True  # its tag counts nothing
         for start, stop in link.doubts:
-            message = _doubted(message, start, stop)
+            message = doubted(message, start, stop)
         epoch = self._pass(link, tag)
         self._carry(link, message.slot.kind)
         link.newest = max(link.newest, tag)
+        link.passed[tag] = link.passed.get(tag, 0) + HEAD_BYTES + len(message.payload)
         self.changed = True
         if tag <= self.taken:
             return tag in self.passed_over or self.taken > ALL_TAGS
@@ -140,13 +173,16 @@ class Network:
         link.lost = True
         link.losses.append(float("inf"))
 
-    def resume(self, flow: Flow, skipped: float) -> None:
-        """No message is missed any more; those that were, fit into so many bytes."""
+    def resume(self, flow: Flow, skipped: float, offset: int, before: Fragments) -> None:
+        """No message is missed any more, from `offset` on; those that were, have so many bytes."""
         link = self.links[flow]
         if not link.proven:
             self._ranks = None
         link.proven, link.lost = True, False
         link.losses[-1] = skipped
+        if before:
+            link.tails[len(link.losses)] = Tail(offset, before)
+            self.held_bytes += link.tails[len(link.losses)].size
 
     def doubt(self, flow: Flow, start: int, stop: int) -> None:
         """These bytes of a stream, received or still to come, are not to be trusted: those of payloads are as missing.
@@ -156,7 +192,7 @@ class Network:
         link = self.links[flow]
         link.doubts.append((start, stop))
         for slot in link.slots.values():
-            slot[:] = [Seen(_doubted(seen.message, start, stop), seen.epoch) for seen in slot]
+            slot[:] = [Seen(doubted(seen.message, start, stop), seen.epoch) for seen in slot]
 
     def end(self, flow: Flow) -> None:
         """Nothing more will come."""
@@ -232,6 +268,9 @@ class Network:
         for link in self.links.values():
             for other in [other for other in link.spans if other <= tag]:
                 link.floor = max(link.floor, link.spans.pop(other)[1])
+                link.passed.pop(other, None)
+            for epoch in [epoch for epoch in link.tails if epoch <= link.floor]:
+                self.held_bytes -= link.tails.pop(epoch).size
 
     @property
     def oldest(self) -> int:
@@ -259,7 +298,7 @@ class Network:
         if self._ranks is not None and self._version == self._directory.version:
             return
         self._version = self._directory.version
-        self._ranks, self._world = {}, None
+        self._ranks, self._world, self.by_root = {}, None, False
         # A hole may have followed a greeting: then the flow proves itself later.
         proven = {flow: rank for flow, rank in self._hints.items() if flow in self.links and self.links[flow].proven}
         greetings = {**proven, **self._greetings}
@@ -319,6 +358,7 @@ class Network:
         if len(zeros) != 1:
             return None
         zero = zeros.pop()
+        self.by_root = not greeted
         self._ranks |= {zero: (0, 1), zero.reverse: (1, 0)}
         return 2
 
@@ -360,7 +400,8 @@ def _order(greetings: dict[Flow, int]) -> tuple[dict[str, int], int | None]:
     return ranks, world if order else None
 
 
-def _doubted(message: Message, start: int, stop: int) -> Message:
+def doubted(message: Message, start: int, stop: int) -> Message:
+    """A message without the bytes of a stream that are not to be trusted."""
     begin, end = message.offset, message.offset + len(message.payload)
     if stop <= begin - HEAD_BYTES or start >= end:
         return message

@@ -79,6 +79,16 @@ def joined(copies: Sequence[Sequence[Message]]) -> bytearray | None:
     return bytearray(content) if content is not None and known.all() else None
 
 
+def gathered(copies: Sequence[Sequence[Message]]) -> bytearray | None:
+    """The one i64 that all ranks gathered: Gloo sends it in two halves. None where they are not two numbers, or more.
+
+    The upper half of a number below 2**32 is zero, so it does not matter which messages were missed.
+    """
+    parts = {bytes(message.payload) for copy in copies for message in copy if not message.holes}
+    lower = parts - {bytes(4)}
+    return bytearray(lower.pop() + bytes(4)) if len(lower) == 1 and all(len(part) == 4 for part in parts) else None
+
+
 def parse_shapes(payload: bytes | bytearray, count: int | None, most: int | None) -> Tensors | None:
     """int64: of each parameter its sizes, then its strides; nothing says where one ends.
 
@@ -137,12 +147,14 @@ def _elements(tensors: Tensors) -> int:
 
 
 def parse_layout(
-    indices: bytes | bytearray, sizes: bytes | bytearray, count: int
+    indices: bytes | bytearray, sizes: bytes | bytearray | None, count: int
 ) -> tuple[tuple[int, ...], ...] | None:
-    """int32: the parameters in the order of the buckets, then how many buckets; and the parameters of each bucket."""
-    if len(indices) != 4 * (count + 1) or len(sizes) % 4:
+    """int32: the parameters in the order of the buckets, then how many buckets; and the parameters of each bucket,
+    which need not have been seen (None) where there is one bucket."""
+    if len(indices) != 4 * (count + 1) or len(sizes or b"") % 4:
         return None
-    order, lengths = np.frombuffer(indices, "<i4").tolist(), np.frombuffer(sizes, "<i4").tolist()
+    order = np.frombuffer(indices, "<i4").tolist()
+    lengths = [count] if sizes is None else np.frombuffer(sizes, "<i4").tolist()
     if sorted(order[:-1]) != list(range(count)) or order[-1] != len(lengths) or sum(lengths) != count:
         return None
     buckets, at = [], 0

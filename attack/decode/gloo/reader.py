@@ -177,8 +177,8 @@ class GlooReader(ProtocolReader):
                         network.lose(flow)
                         if flow in self._recognized:
                             self.notes.add(f"flow {flow}, byte {offset}: a hole in a head: framing lost")
-                    case Resumed(offset=offset, skipped=skipped):
-                        network.resume(flow, skipped if flow in self._recognized else float("inf"))
+                    case Resumed(offset=offset, skipped=skipped, before=before):
+                        network.resume(flow, skipped if flow in self._recognized else float("inf"), offset, before)
                         if flow not in self._recognized:
                             self._joined.add(flow)
                         self._recognized.add(flow)

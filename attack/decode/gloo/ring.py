@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 from attack.decode.gloo.head import HEAD_BYTES
@@ -53,6 +54,11 @@ class Ring(NamedTuple):
         size = self.segment_bytes
         return min(segment * size, self.total), min((segment + 1) * size, self.total)
 
+    def fits(self, lengths: Set[int]) -> bool:
+        """Whether some of its messages, the longest among them, have these lengths."""
+        ends = (self.place(segment) for segment in range(self.num_segments))
+        return self.segment_bytes in lengths and lengths <= {stop - start for start, stop in ends}
+
     def author(self, segment: int, hop: int) -> int:
         """The rank whose own values were added last in a sum."""
         return (segment // self.segments_per_rank - 1 - hop) % self.world
@@ -93,31 +99,35 @@ def totals(lengths: tuple[int, ...], *, world: int, rank: int, element: int) -> 
 
 
 def align(
-    groups: Sequence[Sequence[int]], capacities: Sequence[float], expected: Sequence[int], *, ended: bool
+    groups: Sequence[Sequence[int]],
+    capacities: Sequence[tuple[float, float]],
+    expected: Sequence[int],
+    *,
+    ended: bool,
 ) -> list[int | None]:
     """Which messages of a known sequence were seen, where some may be missing between the groups that were.
 
     Args:
         groups: lengths of messages seen one after the other, with nothing missing within a group.
-        capacities: before each group, the bytes of the stream that were missed there.
+        capacities: before each group, of these messages' bytes, how many were missed at least and at most.
         expected: lengths of all messages, in order; each takes `HEAD_BYTES` more.
         ended: whether nothing more can come behind the last group.
 
     Returns:
         For each group the index of its first message, or None where the lengths and capacities leave a choice.
     """
-    count = len(expected)
-    cost = [0]
-    for length in expected:
-        cost.append(cost[-1] + length + HEAD_BYTES)
+    count, cost = len(expected), costs(tuple(expected))
     reach: list[set[int]] = []  # of each group, where it may begin, by what comes before it
     ends = {0}
-    for group, capacity in zip(groups, capacities, strict=True):
+    for group, (least, most) in zip(groups, capacities, strict=True):
         size = len(group)
         starts = {
             start
             for end in ends
-            for start in range(end, bisect.bisect_right(cost, cost[end] + capacity, hi=count - size + 1))
+            for start in range(
+                bisect.bisect_left(cost, cost[end] + least, lo=end),
+                bisect.bisect_right(cost, cost[end] + most, hi=max(count - size + 1, 0)),
+            )
             if tuple(expected[start : start + size]) == tuple(group)
         }
         reach.append(starts)
@@ -127,14 +137,20 @@ def align(
     for index in range(len(groups) - 1, -1, -1):  # and by what comes behind it
         starts = {start for start in reach[index] if start + len(groups[index]) in allowed}
         answer.append(next(iter(starts)) if len(starts) == 1 else None)
-        capacity = capacities[index]
+        least, most = capacities[index]
         allowed = {
             end
             for end in range(count + 1)
             for start in starts
-            if 0 <= cost[start] - cost[end] <= capacity and end <= start
+            if end <= start and least <= cost[start] - cost[end] <= most
         }
     return answer[::-1]
+
+
+@functools.lru_cache(maxsize=256)
+def costs(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes of a stream that so many first messages of a sequence take."""
+    return tuple(accumulate((length + HEAD_BYTES for length in lengths), initial=0))
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -30,7 +30,8 @@ _STATE_CUT_BYTES = 200 << 20
 class Collective(NamedTuple):
     """One that is over."""
 
-    kind: Kind
+    kind: Kind | None
+    """None: nothing was seen of it."""
     content: bytearray | None
     """What it moved, where all of it was seen and no copy differs."""
     size: int | None = None
@@ -130,7 +131,7 @@ def _recognize_ddp(setup: Sequence[Collective]) -> Plan | str | None:
 
     Returns: in place of a plan, why there is none; None where this is no DDP.
     """
-    end = next((at for at, one in enumerate(setup) if at and one.kind is not Kind.BROADCAST), len(setup))
+    end = next((at for at, one in enumerate(setup) if at and one.kind not in (Kind.BROADCAST, None)), len(setup))
     built, later = setup[1:end], [one.content for one in setup[end:] if one.kind is Kind.BROADCAST]
     contents, number = [one.content for one in built], setup[0].content
     if len(contents) < 2:

@@ -37,14 +37,22 @@ def test_lengths_are_those_of_the_simulation_and_prove_the_total(world: int, cou
 
 
 def test_places_are_left_open_where_there_is_a_choice() -> None:
-    same = [100] * 6
-    assert align([[100, 100], [100]], [0, float("inf")], same, ended=True) == [0, 5]
-    assert align([[100, 100], [100]], [0, float("inf")], same, ended=False) == [0, None]
-    assert align([[100], [100], []], [0, 148 * 3, 148 * 3], same, ended=True) == [0, None, 6]
-    assert align([[100], [100], []], [0, 148 * 4, 147], same, ended=True) == [0, 5, 6]
-    assert align([[100, 100], [100]], [0, 147], same, ended=False) == [0, 2]
-    assert align([[], [40]], [0, float("inf")], [100, 100, 40, 100], ended=False) == [0, 2]
-    assert align([[70]], [0], same, ended=True) == [None]
+    same, endless = [100] * 6, float("inf")
+    assert align([[100, 100], [100]], [(0, 0), (0, endless)], same, ended=True) == [0, 5]
+    assert align([[100, 100], [100]], [(0, 0), (0, endless)], same, ended=False) == [0, None]
+    assert align([[100], [100], []], [(0, 0), (0, 148 * 3), (0, 148 * 3)], same, ended=True) == [0, None, 6]
+    assert align([[100], [100], []], [(0, 0), (0, 148 * 4), (0, 147)], same, ended=True) == [0, 5, 6]
+    assert align([[100, 100], [100]], [(0, 0), (0, 147)], same, ended=False) == [0, 2]
+    assert align([[], [40]], [(0, 0), (0, endless)], [100, 100, 40, 100], ended=False) == [0, 2]
+    assert align([[70]], [(0, 0)], same, ended=True) == [None]
+
+
+def test_bytes_that_were_missed_say_how_many_messages_they_were() -> None:
+    same, endless = [100] * 6, float("inf")
+    assert align([[100], [100]], [(0, 0), (2 * 148 - 90, 2 * 148)], same, ended=False) == [0, 3]
+    assert align([[], [100]], [(0, 0), (149, 3 * 148)], same, ended=False) == [0, None]
+    assert align([[100], [], [100]], [(0, 0), (200, 300), (0, endless)], same, ended=True) == [0, 3, 5]
+    assert align([[100]], [(148 * 6, endless)], same, ended=False) == [None]
 
 
 @pytest.mark.parametrize("world", range(2, 9))

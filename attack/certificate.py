@@ -116,7 +116,8 @@ def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context:
     What the equations leave open is zero in every answer: it shows only in an input drawn from all that fit.
     """
     low, high = target.input_range
-    near = inputs if answer.belief is None else answer.belief.samples[replay].view_as(inputs)
+    samples = None if answer.belief is None else answer.belief.samples
+    near = inputs if samples is None else samples[replay % len(samples)].view_as(inputs)
     normal = torch.randn(inputs.shape, generator=context.generator, dtype=torch.float64).to(inputs)
     return (near + NEARBY * (high - low) * normal).float().double()
 

@@ -5,7 +5,9 @@ cross-entropy. No start, no iteration, no luck.
 
 Differs from the paper: it begins with the gradient of the last bias, which is the error at the logits itself, instead
 of a scalar root-finding; least squares are weighted by how well each row is known, so that what a saturated unit or a
-missing element does not say is left to other rows; and the answer comes with its variance.
+missing element does not say is left to other rows; and the answer comes with its variance. Errors count as independent
+first (`attack.engine.mean_field`); where that does not come close to the observed gradient, their covariances are
+carried along (`attack.engine.walk`).
 
 Reference: Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
 """
@@ -22,12 +24,16 @@ from attack.engine.film import MAX_FRAMES, Film
 from attack.engine.labels import NoLabel, read_label
 from attack.engine.layers import check
 from attack.engine.linearized import Linearized, conjugate_gradients
+from attack.engine.mean_field import QuickWalk
 from attack.engine.target import Target
-from attack.engine.walk import Belief, OutOfTime, walk_back
+from attack.engine.walk import FullBelief, OutOfTime, walk_back
 
 RANK_ONE = 1e-3
 """Largest share of the last layer's gradient that may lie outside its first singular pair, for one example."""
 
+QUICK_ENOUGH = 10
+"""Residual of the quick walk, in units of what the truth would leave, up to which the full one is not worth its time:
+1 to 6 on fresh LeNets."""
 POLISH_ITERATIONS = 12
 FILM_STRIDE = 4
 """Iterations between two frames of the film."""
@@ -40,15 +46,47 @@ def rgap(target: Target, context: Context) -> Answer:
         links = trace(target.model, target.input_shape)
         check(links)
         _check_rank_one(target)
-        belief, inputs = _solve(target, links, label, context)
+        answer = _quickly(target, links, label, context) or _in_full(target, links, label, context)
     except (NoLabel, NoChain) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
     except OutOfTime:
         return Answer(inputs=None, labels=None, reason="the deadline passed")
-    film = _film(target, belief, label)
-    residual = target.residual(inputs, label)
-    film.take(film.history[-1][0] + FILM_STRIDE, residual, inputs)
+    residual = answer.film.history[-1][1]
     context.progress(Progress(method="rgap", evaluations=1, residual=residual, seconds_left=context.seconds_left))
+    return answer
+
+
+def _quickly(target: Target, links: list[Link], label: Tensor, context: Context) -> Answer | None:
+    """By the quick walk, where that serves and leaves little more than the observation's own error. Raises:
+    OutOfTime."""
+    film, walk = Film(), QuickWalk(links)
+
+    def watch(iteration: int, flat: Tensor) -> None:
+        inputs = flat.view(1, *target.input_shape)
+        with torch.enable_grad():
+            film.take(iteration, target.residual(inputs, label), inputs)
+
+    try:
+        belief = walk(target, context, watch)
+    except NoChain:
+        return None
+    if not film.history[-1][1] <= min(QUICK_ENOUGH * target.expected_residual, target.tolerance / 1.1):
+        return None
+    return Answer(
+        inputs=belief.mean.view(1, *target.input_shape),
+        labels=label,
+        film=film,
+        belief=belief,
+        again=lambda moved: walk(moved, context).mean.view(1, *target.input_shape),
+        evaluations=len(film.history),
+    )
+
+
+def _in_full(target: Target, links: list[Link], label: Tensor, context: Context) -> Answer:
+    """By the walk with full covariances. Raises: NoChain, OutOfTime."""
+    belief, inputs = _solve(target, links, label, context)
+    film = _film(target, belief, label)
+    film.take(film.history[-1][0] + FILM_STRIDE, target.residual(inputs, label), inputs)
     return Answer(
         inputs=inputs,
         labels=label,
@@ -59,7 +97,7 @@ def rgap(target: Target, context: Context) -> Answer:
     )
 
 
-def _solve(target: Target, links: list[Link], label: Tensor, context: Context) -> tuple[Belief, Tensor]:
+def _solve(target: Target, links: list[Link], label: Tensor, context: Context) -> tuple[FullBelief, Tensor]:
     belief = walk_back(target, links, context)
     return belief, _polish(target, belief, label, context)
 
@@ -78,7 +116,7 @@ def _check_rank_one(target: Target) -> None:
         )
 
 
-def _polish(target: Target, belief: Belief, label: Tensor, context: Context) -> Tensor:
+def _polish(target: Target, belief: FullBelief, label: Tensor, context: Context) -> Tensor:
     """The belief's mean, moved by one step of Gauss-Newton on the whole match where that still shows more than the
     noise.
 
@@ -102,7 +140,7 @@ def _polish(target: Target, belief: Belief, label: Tensor, context: Context) -> 
     return inputs + step if target.residual(inputs + step, label) < residual else inputs
 
 
-def _film(target: Target, belief: Belief, label: Tensor) -> Film:
+def _film(target: Target, belief: FullBelief, label: Tensor) -> Film:
     """How the picture emerges from the first layer's equations: conjugate gradients on them, for the eye only.
 
     The answer itself is solved directly; the iterates show which part of it is easy.

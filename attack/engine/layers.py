@@ -86,20 +86,75 @@ def check(links: list[Link]) -> None:
         raise NoChain("the last layer is not linear with a bias")
 
 
-def pull_back(link: Link, rows: Tensor) -> Tensor:
-    """rows @ F: (rows, outputs) -> (rows, inputs). Each row is a covector of the layer's output."""
+def push(link: Link, columns: Tensor) -> Tensor:
+    """F u of each row of `columns`: (vectors, inputs) -> (vectors, outputs)."""
     module = link.module
     if isinstance(module, nn.Linear):
-        return rows @ module.weight
+        return columns @ module.weight.T
+    assert isinstance(module, nn.Conv2d)
+    inputs = columns.view(len(columns), *link.input_shape)
+    return functional.conv2d(
+        inputs, module.weight, stride=module.stride, padding=module.padding, dilation=module.dilation
+    ).flatten(1)
+
+
+def pull_back(link: Link, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """rows @ F: (rows, outputs) -> (rows, inputs). Each row is a covector of the layer's output.
+
+    Args:
+        weight: in place of the layer's own.
+    """
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return rows @ (module.weight if weight is None else weight)
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
     return conv2d_input(
         [len(rows), *link.input_shape],
-        module.weight,
+        module.weight if weight is None else weight,
         rows.reshape(len(rows), *link.output_shape),
         stride=module.stride,
         padding=module.padding,
         dilation=module.dilation,
     ).flatten(1)
+
+
+def forward_matrix(link: Link, dtype: torch.dtype) -> Tensor:
+    """F: (outputs, inputs)."""
+    if isinstance(link.module, nn.Linear):
+        return link.module.weight.to(dtype)
+    (outputs, rows, columns), (channels, height, width) = link.output_shape, link.input_shape
+    touched = one_output_row(link, dtype).view(outputs, columns, channels, -1, width)
+    forward = touched.new_zeros(outputs, rows, columns, channels, height, width)
+    for row in range(rows):
+        above, inside = rows_touched(link, row)
+        forward[:, row, :, :, above] = touched[:, :, :, inside]
+    return forward.view(outputs * rows * columns, -1)
+
+
+def one_output_row(link: Link, dtype: torch.dtype) -> Tensor:
+    """The part of a convolution's F that makes one row of its outputs, the same for each: shape (outputs x columns,
+    channels, rows touched, width)."""
+    module = link.module
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    (outputs, _, columns), (channels, _, width) = link.output_shape, link.input_shape
+    ones = torch.eye(outputs * columns, dtype=dtype, device=module.weight.device)
+    return conv2d_input(
+        [outputs * columns, channels, module.dilation[0] * (module.kernel_size[0] - 1) + 1, width],
+        module.weight.to(dtype),
+        ones.view(-1, outputs, 1, columns),
+        stride=module.stride,
+        padding=(0, module.padding[1]),
+        dilation=module.dilation,
+    )
+
+
+def rows_touched(link: Link, row: int) -> tuple[slice, slice]:
+    """The rows of a convolution's input that a row of its outputs touches; and which of `one_output_row` these are."""
+    module, height = link.module, link.input_shape[1]
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    first = row * module.stride[0] - module.padding[0]
+    last = min(first + module.dilation[0] * (module.kernel_size[0] - 1) + 1, height)
+    return slice(max(first, 0), last), slice(max(-first, 0), last - first)
 
 
 def gradient_rows(link: Link, error: Tensor) -> Tensor:
@@ -108,16 +163,22 @@ def gradient_rows(link: Link, error: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return error[:, None]
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-    height, width = link.input_shape[1:]
-    basis = torch.eye(height * width, dtype=error.dtype, device=error.device).view(-1, 1, height, width)
-    patches = functional.unfold(
-        basis,
-        module.weight.shape[2:],
-        stride=module.stride,
-        padding=module.padding,
-        dilation=module.dilation,
-    )  # (elements, kernel, positions)
-    return torch.einsum("qkp,op->okq", patches, error.view(module.out_channels, -1)).flatten(0, 1)
+    height, width = module.kernel_size
+    # The error of one output, pulled back through a kernel with a single 1, says where that kernel element met u.
+    single = torch.eye(height * width, dtype=error.dtype, device=error.device).view(1, -1, height, width)
+    outputs, *positions = link.output_shape
+    return (
+        conv2d_input(
+            [outputs, height * width, *link.input_shape[1:]],
+            single,
+            error.reshape(outputs, 1, *positions),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+        )
+        .flatten(2)
+        .flatten(0, 1)
+    )
 
 
 def by_channel(link: Link, weight_gradient: Tensor) -> Tensor:

@@ -37,12 +37,6 @@ class Belief:
     """What is known of one tensor of the forward pass, and of the loss's derivative by it. All flat, float64."""
 
     mean: Tensor
-    precision: Tensor
-    """Inverse covariance, shape (elements, elements)."""
-    weighted: Tensor
-    """precision @ mean: the right-hand side of the normal equations."""
-    factor: Tensor | None = None
-    """Cholesky factor of `precision`, where it was solved for."""
     samples: Tensor
     """Draws from the belief, shape (samples, elements)."""
     error: Tensor
@@ -55,8 +49,20 @@ class Belief:
         return float((self.samples - self.mean).square().mean())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FullBelief(Belief):
+    """With how the elements hang together."""
+
+    precision: Tensor
+    """Inverse covariance, shape (elements, elements)."""
+    weighted: Tensor
+    """precision @ mean: the right-hand side of the normal equations."""
+    factor: Tensor | None = None
+    """Cholesky factor of `precision`, where it was solved for."""
+
+
 @torch.no_grad()
-def walk_back(target: Target, links: list[Link], context: Context) -> Belief:
+def walk_back(target: Target, links: list[Link], context: Context) -> FullBelief:
     """The belief on the chain's input.
 
     Raises:
@@ -75,18 +81,18 @@ def walk_back(target: Target, links: list[Link], context: Context) -> Belief:
             if not context.seconds_left:
                 raise OutOfTime
             at = parameters[id(link.module.weight)]
-            prior = _prior(links[:index], target)
+            prior = prior_below(links[:index], target)
             belief = _solve(link, belief, gradients[at], noises[at], prior, context)
     return belief
 
 
-def _at_logits(target: Target, links: list[Link], context: Context) -> Belief:
+def _at_logits(target: Target, links: list[Link], context: Context) -> FullBelief:
     """Nothing is known of the logits, but their error is: the gradient of the last bias."""
     error, noise = target.tensors(target.gradient)[-1], target.tensors(target.noise)[-1]
     if error.shape != links[-1].output_shape or not noise.isfinite().all():
         raise NoChain("the gradient of the last layer's bias is not known in full")
     zeros = torch.zeros_like(error)
-    return Belief(
+    return FullBelief(
         mean=zeros,
         precision=torch.zeros(len(error), len(error), dtype=error.dtype, device=error.device),
         weighted=zeros,
@@ -96,11 +102,11 @@ def _at_logits(target: Target, links: list[Link], context: Context) -> Belief:
     )
 
 
-def _through(inverse: Activation, belief: Belief) -> Belief:
+def _through(inverse: Activation, belief: FullBelief) -> FullBelief:
     """From an activation's output to its input, by its inverse and its slope there."""
     mean, slope = inverse.inverse(belief.mean), inverse.slope(belief.mean)
     precision = slope[:, None] * belief.precision * slope
-    return Belief(
+    return FullBelief(
         mean=mean,
         precision=precision,
         weighted=precision @ mean,
@@ -110,7 +116,7 @@ def _through(inverse: Activation, belief: Belief) -> Belief:
     )
 
 
-def _prior(below: list[Link], target: Target) -> tuple[float, float]:
+def prior_below(below: list[Link], target: Target) -> tuple[float, float]:
     """Mean and variance of an element of a layer's input before anything is seen; they matter where nothing is."""
     for link in reversed(below):
         inverse = activation(link.module)
@@ -123,8 +129,8 @@ def _prior(below: list[Link], target: Target) -> tuple[float, float]:
 
 
 def _solve(
-    link: Link, belief: Belief, gradient: Tensor, noise: Tensor, prior: tuple[float, float], context: Context
-) -> Belief:
+    link: Link, belief: FullBelief, gradient: Tensor, noise: Tensor, prior: tuple[float, float], context: Context
+) -> FullBelief:
     """From a layer's output to its input, by forward rows, gradient rows and prior, each with its weight."""
     if link.inputs > MAX_UNKNOWNS:
         raise NoChain(f"layer {link.name} has {link.inputs} inputs; at most {MAX_UNKNOWNS} are solved for at once")
@@ -155,7 +161,7 @@ def _solve(
     draws = _normal((link.inputs, SAMPLES), context).to(solution)
     samples = solution + torch.linalg.solve_triangular(factor.T, draws, upper=True).T
     errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
-    return Belief(
+    return FullBelief(
         mean=solution,
         precision=precision,
         weighted=weighted,

@@ -38,7 +38,7 @@ def auto(target: Target, context: Context) -> Answer:
     else:
         plan.append(("unmix", unmix, f"{examples} examples{source}: taken apart layer by layer"))
     if examples == 1 or target.labels is not None:
-        if any(isinstance(module, KINKED) for module in target.model.modules()):
+        if _kinked(target):
             plan.append(
                 (
                     "inverting-gradients",
@@ -47,6 +47,8 @@ def auto(target: Target, context: Context) -> Answer:
                 )
             )
         plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
+    elif not _kinked(target):
+        plan.append(("idlg", idlg, "the likeliest labels of the batch: search the inputs alone"))
     plan.append(("dlg", dlg, "search inputs and labels together"))
     counted = dataclasses.replace(target, batch_size=examples)
 
@@ -67,6 +69,10 @@ def auto(target: Target, context: Context) -> Answer:
         route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
     assert best is not None
     return dataclasses.replace(best, route="; then ".join(route), batch_size_read=bool(source))
+
+
+def _kinked(target: Target) -> bool:
+    return any(isinstance(module, KINKED) for module in target.model.modules())
 
 
 def _connected(target: Target) -> bool:

@@ -2,8 +2,8 @@
 
     x = argmin || grad(loss(model(x), label)) - observed ||^2
 
-Labels that were told are taken as they are, and then a batch may have more than one example. The search differs from
-the paper's as that of `dlg` does.
+Labels that were told are taken as they are; those of a batch are the likeliest as a whole (`attack.engine.labels`).
+The search differs from the paper's as that of `dlg` does.
 
 Reference: Zhao, Mopuri, Bilen 2020, arXiv 2001.02610.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attack.algorithms.base import Answer
 from attack.engine.context import Context
-from attack.engine.labels import NoLabel, read_label
+from attack.engine.labels import NoLabel, read_labels
 from attack.engine.search import search
 from attack.engine.target import Target
 
@@ -23,7 +23,7 @@ from attack.engine.target import Target
 def idlg(target: Target, context: Context) -> Answer:
     """Inputs of the batch, at labels that were read or told."""
     try:
-        labels = target.labels if target.labels is not None else read_label(target)
+        labels = read_labels(target)
     except NoLabel as error:
         return Answer(inputs=None, labels=None, reason=str(error))
 

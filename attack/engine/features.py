@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
-from attack.engine.labels import NoLabel, last_layer_signal
+from attack.engine.labels import NoLabel, estimate_counts, last_layer_signal, likely_counts
 from attack.engine.target import Target
 
 ABOVE_NOISE = 4.0
@@ -53,6 +53,10 @@ SAME_ERROR = 0.02
 """Singular value of unit errors below which they span no further direction."""
 SHARE = 0.3
 """How far a label's share in the gradient may be off a multiple of 1/B, in units of that, before the refinement."""
+LIKELY = 20
+"""Counts of labels that are tried as a whole, ..."""
+SCATTER = (0.1, 0.1, 0.3, 0.3, 1.0, 1.0)
+"""... each from so many starts, scattered by so much around the mean features, in units of their size."""
 CHOICES = 6
 """Drawn by chance where a label has more solutions than examples, and each refined."""
 REFINEMENTS = 40
@@ -122,6 +126,14 @@ def read_features(target: Target, context: Context) -> Features:
     if split.batch == 1:
         return _only_one(split)
     nonnegative = _nonnegative(target)
+    at_once = _at_once(split, target, nonnegative, context)
+    if at_once is not None:
+        return at_once
+    if 2 * split.batch - 1 > target.classes:
+        raise NoFeatures(
+            f"the last layer's gradient has rank {split.batch}, and no labels were found that explain it: one by one, "
+            f"{target.classes} classes tell {(target.classes + 1) // 2} examples apart at most"
+        )
     found = _Solutions(split, nonnegative)
     likely = _likely_labels(target, nonnegative)
     for attempt in range(ROUNDS):
@@ -140,6 +152,33 @@ def read_features(target: Target, context: Context) -> Features:
         f"the last layer's gradient has the rank of {split.batch} examples, but of {found.count} solutions found no "
         f"{split.batch} make it up with equal shares"
     )
+
+
+def _at_once(split: _Split, target: Target, nonnegative: bool, context: Context) -> Features | None:
+    """All examples together, from the mean features, at labels that are likely as a whole; None where none fit.
+
+    On untrained nets the first try mostly does. It needs no more classes than examples, where each example alone needs
+    twice as many.
+    """
+    try:
+        estimate, mean = estimate_counts(target, split.batch)
+    except NoLabel as error:
+        raise NoFeatures(str(error)) from error
+    center = torch.cat([torch.ones_like(mean[:1]), mean]) @ split.right
+    size = torch.linalg.vector_norm(center) / split.batch**0.5
+    for counts in likely_counts(estimate, split.batch, most=LIKELY):
+        labels = torch.arange(target.classes, device=target.device).repeat_interleave(counts)
+        for scale in SCATTER:
+            if not context.seconds_left:
+                raise NoFeatures("the deadline passed")
+            scatter = torch.randn(split.batch, split.batch, generator=context.generator, dtype=torch.float64)
+            start = center + scale * size * scatter.to(center)
+            g, misfit = _refine(split, start / (start @ split.right[0])[:, None], labels)
+            if misfit <= min(split.misfit, float(split.core[-1]) / 2):
+                features = _features(split, g, labels)
+                if not nonnegative or bool((features.values > -BELOW_ZERO * features.values.abs().max()).all()):
+                    return features
+    return None
 
 
 def reread_features(target: Target, before: Features) -> Features:
@@ -179,13 +218,13 @@ def _split(target: Target, batch: int | None = None) -> _Split:
     floor = float(torch.linalg.vector_norm(noise, dim=1).max() + torch.linalg.vector_norm(noise, dim=0).max())
     if batch is None:
         batch = int((core > ABOVE_NOISE * floor).sum())
-        if batch > 1 and 2 * batch - 1 > target.classes:
-            raise NoFeatures(
-                f"the last layer's gradient has rank {batch}: {target.classes} classes tell "
-                f"{(target.classes + 1) // 2} examples apart at most"
-            )
         if batch == 0:
             raise NoFeatures("the last layer's gradient is within its noise")
+        if batch > 1 and batch >= target.classes:
+            raise NoFeatures(
+                f"the last layer's gradient has rank {batch}, that of cross-entropy with {target.classes} classes at most "
+                f"{target.classes - 1}: it was changed"
+            )
     left, core, right = left[:, :batch], core[:batch], right[:batch].T
     public = torch.cat([bias[:, None], weight], 1).detach()
     solved = min(max(SOLVED, (floor / float(core[-1])) ** 2), SOLVED_AT_MOST)

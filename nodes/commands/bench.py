@@ -10,13 +10,14 @@ BENCHMARKS = {
     "exchange": "Exchange",
     "decode": "Decode",
     "certificate": "Certificate",
+    "labels": "Labels",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode, certificate.
+    """Runs one of the project's benchmarks: exchange, decode, certificate, labels.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -48,6 +48,15 @@ def test_bench_certificate_puts_predictions_beside_true_errors(capsys):
         assert (row["true_mse"] is not None) == (row["status"] == "converged")
 
 
+def test_bench_labels_counts_them_beside_the_truth(capsys):
+    arguments = ["--batch-size", "4", "--seeds", "1", "--trained", "0"]
+    assert main(["bench", "labels", *arguments, "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)["cases"]
+    whole = cases[-1]
+    assert (whole["model"], whole["classes"], whole["batches"]) == ("all", "all", 24)
+    assert whole["likeliest_right"] >= 22 and whole["exact_right"] >= 18 and whole["exact_wrong"] == 0
+
+
 def test_ratios_are_paired():
     case = Case.of("new", [2.0, 20.0, 6.0], baseline=("old", [1.0, 10.0, 2.0]), setting={}, cpu_s=0.0)
     assert case.ratio == 2.0 and case.median_s == 6.0 and case.fastest_s == 2.0

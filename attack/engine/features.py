@@ -222,7 +222,7 @@ def _split(target: Target, batch: int | None = None) -> _Split:
             raise NoFeatures("the last layer's gradient is within its noise")
         if batch > 1 and batch >= target.classes:
             raise NoFeatures(
-                f"the last layer's gradient has rank {batch}, that of cross-entropy with {target.classes} classes at most "
+                f"the last layer's gradient has rank {batch}, and with {target.classes} classes it is at most "
                 f"{target.classes - 1}: it was changed"
             )
     left, core, right = left[:, :batch], core[:batch], right[:batch].T

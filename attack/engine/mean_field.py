@@ -30,12 +30,13 @@ from attack.engine.stripes import Stripes
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, prior_below
 
-DRAWS = 8
+DRAWS = 4
 """From each belief: their mean square over all elements of a layer is its variance."""
 ITERATIONS = 40
 """Of conjugate gradients, at most; a layer of a LeNet takes 2 to 8."""
-SOLVED = 1e-2
-"""Squared distance from the solution, in standard deviations and a mean over the directions, at which they end."""
+SOLVED, DRAWN = 1e-2, 0.1
+"""Squared distance from the solution, in standard deviations and a mean over the directions, at which they end, for
+the mean and for draws."""
 KNOWN = 0.03
 """A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
 say of an element."""
@@ -60,8 +61,10 @@ class _Solved:
 
     root: Tensor
     """One over the standard deviation of each gradient row, shape (rows, 1)."""
+    mean: Tensor
+    """Of the belief on the layer's input."""
     variance: float
-    """Of the belief on the layer's input, mean over the elements."""
+    """Of that belief, mean over the elements."""
     precondition: Operator
 
 
@@ -144,14 +147,15 @@ class _Layer:
             doubt = off.square().mean(0).sum(-1) * (self._mean**2 + self._variance)
             deviation = (noise.square().mean() + doubt).sqrt()
             self._root = 1 / deviation.repeat_interleave(len(rows) // len(deviation))[:, None]
+            self._start = torch.full((link.inputs,), self._mean).to(rows)
         else:
-            self._root = before.root
+            self._root, self._start = before.root, before.mean
         self._rows = self._root * rows  # (rows, elements of a channel), each divided by its standard deviation
         self._precondition = self._preconditioner() if before is None else before.precondition
 
     def solved(self, belief: Belief) -> _Solved:
         """For later walks."""
-        return _Solved(root=self._root, variance=belief.variance, precondition=self._precondition)
+        return _Solved(root=self._root, mean=belief.mean, variance=belief.variance, precondition=self._precondition)
 
     def solve(self, belief: Belief, context: Context, watch: Watch) -> Belief:
         """From what is believed of the layer's output to what is believed of its input, with as many draws."""
@@ -171,20 +175,21 @@ class _Layer:
         right = pull_back(link, forward) + (rows @ self._rows).flatten(1)
         right[0] += self._mean / self._variance
         right[1:] += _normal((draws, link.inputs), context).to(offset) / math.sqrt(self._variance)
-        mean = self._conjugate_gradients(right[:1], context, watch)
-        samples = mean + self._conjugate_gradients(right[1:], context, _ignore) if draws else mean[:0]
+        mean = self._conjugate_gradients(right[:1], self._start[None], SOLVED, context, watch)
+        samples = mean[:0]
+        if draws:
+            samples = mean + self._conjugate_gradients(right[1:], torch.zeros_like(right[1:]), DRAWN, context, _ignore)
         errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
         return Belief(mean=mean[0], samples=samples, error=errors[0], error_samples=errors[1:])
 
-    def _conjugate_gradients(self, right: Tensor, context: Context, watch: Watch) -> Tensor:
-        """Each row of `right` on its own, from the prior's mean."""
-        x = torch.full_like(right, self._mean)
+    def _conjugate_gradients(self, right: Tensor, x: Tensor, goal: float, context: Context, watch: Watch) -> Tensor:
+        """Each row of `right` on its own, from `x`."""
         r = right - self._multiply(x)
         p = z = self._precondition(r)
         rz = (r * z).sum(1, keepdim=True)
         watch(0, x[0])
         for iteration in range(1, ITERATIONS + 1):
-            if rz.max() <= SOLVED * right.shape[1]:
+            if rz.max() <= goal * right.shape[1]:
                 break
             if not context.seconds_left:
                 raise OutOfTime
@@ -228,7 +233,8 @@ class _Jointly:
         self._vectors = vectors.float()
         forward = forward_matrix(link, torch.float32)
         says = precision.float().clamp(min=1e-12 * float(precision.max()) + torch.finfo(torch.float32).tiny)
-        typical = float((forward.square() * says[:, None]).sum()) / link.inputs
+        weight = next(link.module.parameters()).float()
+        typical = float(pull_back(link, says[None], weight.square()).mean())  # of the diagonal of F'PF
         self._count = int((values < KNOWN * typical).sum())
         self._known = (1 / values).float()
         self._known[: self._count] = 0

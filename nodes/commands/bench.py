@@ -9,6 +9,7 @@ from nodes.commands.base import Command, Result
 BENCHMARKS = {
     "exchange": "Exchange",
     "decode": "Decode",
+    "attack": "Attack",
     "certificate": "Certificate",
     "labels": "Labels",
 }
@@ -17,7 +18,7 @@ BENCHMARKS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode, certificate, labels.
+    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels.
 
     `gradtap bench NAME --help` tells its options.
     """

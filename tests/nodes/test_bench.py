@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional
 
+from nodes.benchmarks import published
 from nodes.benchmarks.contenders import BASELINE
 from nodes.benchmarks.timing import Case
 from nodes.cli import main
@@ -55,6 +59,43 @@ def test_bench_labels_counts_them_beside_the_truth(capsys):
     whole = cases[-1]
     assert (whole["model"], whole["classes"], whole["batches"]) == ("all", "all", 24)
     assert whole["likeliest_right"] >= 22 and whole["exact_right"] >= 18 and whole["exact_wrong"] == 0
+
+
+@pytest.mark.lab
+def test_bench_attack_reads_pictures_out_of_captures_beside_the_published_loop(capsys):
+    arguments = ["--images", "1", "--kinds", "photos", "--exchange", "ddp"]
+    arguments += ["--references", "idlg", "--outer-steps", "2"]
+    assert main(["bench", "attack", *arguments, "--json"]) == 0
+    reference, ours, *rows = json.loads(capsys.readouterr().out)["cases"]
+    assert reference["name"] == "published loop, iDLG" and reference["solved"] == 0 < reference["cpu_s"]
+    assert ours["solved_with_label"] == ours["pictures"] == 1 and ours["median_psnr_db"] > 60
+    assert {row["name"] for row in rows} == {reference["name"], ours["name"]}
+
+
+def test_published_loops_arrive_where_they_are_known_to():
+    torch.manual_seed(0)
+    model, inputs, label = nn.Sequential(nn.Linear(12, 8), nn.Sigmoid(), nn.Linear(8, 5)), torch.rand(1, 12), 3
+    loss = functional.cross_entropy(model(inputs), torch.tensor([label]))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert published.read_label(gradients).tolist() == [label]
+    seen = []
+    for told in (None, torch.tensor([label])):
+        found, labels = published.deep_leakage(
+            model, gradients, (12,), 5, seen=lambda _: False, label=told, generator=torch.Generator().manual_seed(0)
+        )
+        assert labels.tolist() == [label] and torch.allclose(found, inputs, atol=1e-2)
+    picture = published.inverting_gradients(
+        nn.Sequential(nn.Flatten(), model),
+        gradients,
+        (1, 3, 4),
+        torch.tensor([label]),
+        total_variation=0.0,
+        generator=torch.Generator().manual_seed(0),
+        iterations=300,
+        seen=lambda now: seen.append(now) or len(seen) == 200,
+    )
+    assert len(seen) == 200 and picture.equal(seen[-1]) and 0 <= picture.min() <= picture.max() <= 1
+    assert torch.allclose(picture.flatten(), inputs.flatten(), atol=0.1)
 
 
 def test_ratios_are_paired():

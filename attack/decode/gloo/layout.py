@@ -60,10 +60,8 @@ class Finder:
         script says nothing between: then it is not necessary that the first step was seen whole.
         """
         if next_one and is_layout(self._network.sizes(Kind.BROADCAST, tag + 1), self._plan):
-            links, sizes = self._network.ring(), self._network.sizes(Kind.ALLREDUCE, tag)
-            rings = [Ring(width * self._plan.offsets[-1], self._world, width) for width in WIDTHS]
-            fitting = [ring for ring in rings if ring.fits(sizes) and agrees(ring, links, tag)]
-            fmt = self._format(fitting[0], tag) if fitting else None
+            ring = self._single(tag)
+            fmt = self._format(ring, tag) if ring is not None else None
             return [Bucket(self._whole, fmt)] if fmt is not None else []
         return next((found for width in WIDTHS if (found := self._backwards(tag, width))), [])
 
@@ -89,6 +87,17 @@ class Finder:
             return []
         only_step = following is None and network.newest < tag and start == state.size
         return layout if following == totals[0] or only_step else []
+
+    def _single(self, tag: int) -> Ring | None:
+        """The ring of one sum over all parameters; where nothing was seen of it, as wide as the state certainly is."""
+        links, sizes = self._network.ring(), self._network.sizes(Kind.ALLREDUCE, tag)
+        rings = [Ring(width * self._plan.offsets[-1], self._world, width) for width in WIDTHS]
+        if sizes:
+            fitting = [ring for ring in rings if ring.fits(sizes) and agrees(ring, links, tag)]
+        else:
+            certain = [state.width for state in self._plan.states if state.confirmed]
+            fitting = [ring for ring in rings if ring.element in certain[:1]]
+        return fitting[0] if len(fitting) == 1 else None
 
     def _backwards(self, tag: int, width: int) -> list[Bucket]:
         offsets, links = self._plan.offsets, self._network.ring()

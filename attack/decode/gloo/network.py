@@ -367,7 +367,7 @@ class Network:
         were connected to heard P-1, P-2, ..., 1 greetings, each from all ranks but its own and those before it.
 
         Pairs that exchange nothing have greeted all the same. A connection without a greeting spoils the proof: there
-        may be others that were missed altogether.
+        may be others that were missed altogether. So does another group beside this one: it may be that of all ranks.
         """
         for flow, link in self.links.items():
             if link.proven and not {flow, flow.reverse} & greetings.keys():
@@ -378,7 +378,8 @@ class Network:
         for others in (idle, at_listeners):
             ranks, world = _order({**others, **greetings}) if greetings else ({}, None)
             if world is not None:
-                return ranks, world
+                apart = {flow: rank for flow, rank in idle.items() if flow not in others}
+                return (ranks, world) if _order(apart)[1] is None else ({}, None)
         return {}, None
 
 

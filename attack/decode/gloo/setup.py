@@ -85,9 +85,8 @@ class Plan:
 
     def settle(self, fmt: Format) -> None:
         """The first step's gradients have this format: so the state has it too, or a hook has made them shorter."""
-        state = next((state for state in self.states if state.width == fmt.bytes), None)
-        if state is None and fmt.bytes == FLOAT16.bytes:
-            state = next(iter(self.states), None)
+        hooked = fmt.bytes == FLOAT16.bytes
+        state = next((state for state in self.states if hooked or state.width == fmt.bytes), None)
         if state is None:
             return
         self.format = {FLOAT32.bytes: FLOAT32, FLOAT64.bytes: FLOAT64}.get(state.width, fmt)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attack.capture.reassembly import read_streams
+from attack.capture.streams import StreamEvent
 from attack.observation import Observation
 from tests.attack.decode.gloo.recordings import observe, read_truth, record_many
 
@@ -33,6 +34,7 @@ class Many:
     """What was recorded, what the ranks left, and what is read."""
 
     capture: Path
+    events: list[StreamEvent]
     truth: dict[str, np.ndarray]
     found: list[Observation]
     notes: list[str]
@@ -45,5 +47,12 @@ class Many:
 @pytest.fixture(scope="session")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
     run = record_many(MANY, tmp_path_factory.mktemp("many") / "run", world=3, ipv6=True)
-    found, desk = observe(list(read_streams(run / "wire.pcapng")))
-    return Many(capture=run / "wire.pcapng", truth=read_truth(run / "truth"), found=found, notes=desk.notes.lines())
+    events = list(read_streams(run / "wire.pcapng"))
+    found, desk = observe(events)
+    return Many(
+        capture=run / "wire.pcapng",
+        events=events,
+        truth=read_truth(run / "truth"),
+        found=found,
+        notes=desk.notes.lines(),
+    )

@@ -124,7 +124,7 @@ def check(truth: dict[str, np.ndarray], observations: list[Observation]) -> None
             continue
         true, got, known = truth[f"{where}.gradient"], seen.gradient.numpy(), seen.known.numpy()
         raw, differenced = known == Known.RAW, known == Known.DIFFERENCED
-        assert got.dtype == true.dtype
+        assert got.dtype == true.dtype or not raw.any(), f"{where}: of another type"
         bits = f"u{got.itemsize}"
         assert (got[raw].view(bits) == true[raw].view(bits)).all(), f"{where}: a RAW element is wrong"
         if differenced.any():
@@ -133,6 +133,7 @@ def check(truth: dict[str, np.ndarray], observations: list[Observation]) -> None
             assert (error <= seen.bound.numpy()[differenced]).all(), f"{where}: beyond its bound"
         if seen.weights is not None:
             weights = truth[f"{where}.weights"]
+            assert weights.dtype == seen.weights.numpy().dtype, f"{where}: weights of another type"
             assert (seen.weights.numpy().view(bits) == weights.view(bits)).all(), f"{where}: wrong weights"
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from attack.capture.streams import Data
 from attack.decode.directory import Directory
 from attack.decode.recording import Recording
 from tests.attack.decode.gloo.conftest import MANY, Many
+from tests.attack.decode.gloo.recordings import check, observe
+from tests.attack.decode.gloo.test_recordings import hole, with_holes
 
 
 @pytest.mark.lab
@@ -28,6 +33,28 @@ def test_groups_are_told_apart_and_all_that_they_say_is_counted(many: Many) -> N
         assert counts["barrier"][0] == 3 + (2 if name is None else 1)
     shapes = [[24, 20], [24], [24], [24], [5, 24], [5]]
     assert groups[None]["shapes"] == groups["5"]["shapes"] == shapes
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.05, 0.2])
+def test_what_is_known_of_many_groups_and_number_types_is_right_whatever_was_missed(many: Many, share: float) -> None:
+    for seed in range(5):
+        check(many.truth, observe(list(with_holes(many.events, share=share, seed=seed)))[0])
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_groups_are_not_taken_for_each_other_where_the_store_was_missed(many: Many, share: float) -> None:
+    desk = observe(many.events)[1]
+    stores = {flow for flow, stream in desk._streams.items() if stream.protocol == "tcpstore"}
+    stores |= {flow.reverse for flow in stores}
+    for seed in range(3):
+        draw = random.Random(seed)
+        missed = [
+            hole(event) if isinstance(event, Data) and event.flow in stores and draw.random() < share else event
+            for event in many.events
+        ]
+        check(many.truth, observe(missed)[0])
 
 
 def test_ranks_of_a_group_are_named_only_where_it_is_certain_who_they_are() -> None:

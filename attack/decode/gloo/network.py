@@ -92,6 +92,8 @@ class Network:
         self._greetings: dict[Flow, int] = {}  # by the flow away from the side that connected
         self._hints: dict[Flow, int] = {}  # what may be greetings, of connections that never said more, or lost it
         self._ranks: dict[Flow, tuple[int, int]] | None = None
+        self._members: dict[tuple[int, int], Link] = {}
+        self._ring: dict[int, Link] = {}
         self._world: int | None = None
         self._version = -1
         self.by_root = False
@@ -208,19 +210,12 @@ class Network:
     def ring(self) -> dict[int, Link]:
         """By sender, the links over which an all-reduce goes. A link that was never seen is missing."""
         self._place()
-        assert self._ranks is not None
-        world = self._world or 0
-        return {
-            source: self.links[flow]
-            for flow, (source, target) in self._ranks.items()
-            if world and target == (source - 1) % world
-        }
+        return self._ring
 
     def members(self) -> dict[tuple[int, int], Link]:
         """All links whose two ranks are known."""
         self._place()
-        assert self._ranks is not None
-        return {ranks: self.links[flow] for flow, ranks in self._ranks.items()}
+        return self._members
 
     def closed(self, tag: int) -> bool:
         """Whether every link of the ring that was seen has come past a tag, or to its end."""
@@ -299,6 +294,15 @@ class Network:
             return
         self._version = self._directory.version
         self._ranks, self._world, self.by_root = {}, None, False
+        self._seat(self._ranks)
+        world = self._world or 0
+        self._members = {ranks: self.links[flow] for flow, ranks in self._ranks.items()}
+        self._ring = {
+            ranks[0]: link for ranks, link in self._members.items() if world and ranks[1] == (ranks[0] - 1) % world
+        }
+
+    def _seat(self, seats: dict[Flow, tuple[int, int]]) -> None:
+        """Finds the ranks at both ends of each flow, and the world."""
         # A hole may have followed a greeting: then the flow proves itself later.
         proven = {flow: rank for flow, rank in self._hints.items() if flow in self.links and self.links[flow].proven}
         greetings = {**proven, **self._greetings}
@@ -307,7 +311,7 @@ class Network:
             named, world = self._by_greetings(greetings)
             listeners = {**named}
         if world is None:
-            self._world = self._by_two(greetings)
+            self._world = self._by_two(greetings, seats)
             return
         self._world = world
         connections = {
@@ -321,7 +325,7 @@ class Network:
         for flow, rank in ranks.items():
             if (other := others.get(flow.destination)) is not None:
                 pairs = ((flow, (rank, other)), (flow.reverse, (other, rank)))
-                self._ranks.update((way, pair) for way, pair in pairs if way in self.links)
+                seats.update((way, pair) for way, pair in pairs if way in self.links)
 
     def _reduces(self, flow: Flow) -> bool:
         return flow in self.links and Kind.ALLREDUCE in self.links[flow].carries
@@ -343,12 +347,11 @@ class Network:
             return (dict.fromkeys(nameless), size) if len(nameless) <= size else ({}, None)
         return {}, None
 
-    def _by_two(self, greetings: dict[Flow, int]) -> int | None:
+    def _by_two(self, greetings: dict[Flow, int], seats: dict[Flow, tuple[int, int]]) -> int | None:
         """Where all-reduces go both ways, there are two ranks: one way, what DDP broadcasts from rank 0.
 
         Returns: 2, once that is proven.
         """
-        assert self._ranks is not None
         pairs = [flow for flow in self.links if self._reduces(flow) and self._reduces(flow.reverse)]
         if len(pairs) != 2 or any(link.proven and flow not in pairs for flow, link in self.links.items()):
             return None
@@ -359,7 +362,7 @@ class Network:
             return None
         zero = zeros.pop()
         self.by_root = not greeted
-        self._ranks |= {zero: (0, 1), zero.reverse: (1, 0)}
+        seats |= {zero: (0, 1), zero.reverse: (1, 0)}
         return 2
 
     def _by_greetings(self, greetings: dict[Flow, int]) -> tuple[dict[str, int], int | None]:

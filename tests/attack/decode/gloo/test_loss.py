@@ -1,4 +1,4 @@
-"""Real captures with packets taken away, through the whole desk: what is said to be known is so, and it is not nothing.
+"""Real captures with packets taken away, through the whole desk: what is said to be known is so, and it is not little.
 
 Golden captures of small jobs, cut into packets of 100 bytes so that even their messages break apart; and jobs recorded
 here, large enough for packets of an Ethernet's size.
@@ -19,14 +19,18 @@ from tests.attack.decode.gloo.recordings import CASES, FOLDER, LARGER, Case, obs
 
 LEAST = {
     "nothing": 1.0,
-    "1 %": 0.8,
-    "5 %": 0.4,
-    "5 % in bursts of 20": 0.4,
-    "one connection": 0.0,
-    "end cut off": 0.3,
+    "1 %": 0.9,
+    "5 %": 0.6,
+    "20 %": 0.2,
+    "5 % in bursts of 20": 0.55,
+    "20 % in bursts of 20": 0.3,
+    "one connection": 0.25,
+    "one direction": 0.25,
+    "end cut off": 0.35,
+    "5 %, repeated and out of order": 0.6,
+    "5 % and one direction": 0.2,
 }
-"""Share of all elements that must be known, by severity: well below what `loss.py` prints, of which the chance of a
-recording is part."""
+"""Share of all elements that must be known: some three quarters of what it was when this was written."""
 
 Recorded = tuple[list[Segment], dict[str, np.ndarray]]
 
@@ -50,17 +54,20 @@ def known(recorded: Recorded, severity: str, seeds: range) -> float:
 @pytest.mark.parametrize("severity", SEVERITIES)
 @pytest.mark.parametrize("case", [*CASES, LARGER], ids=lambda case: case.name)
 def test_nothing_known_is_wrong_whatever_packets_were_missed(case: Case, severity: str) -> None:
-    share = known(golden(case), severity, range(4))
+    least = LEAST.get(severity, 0.0) if case in (CASES[0], LARGER) else 0.0
+    share = known(golden(case), severity, range(6 if least else 3))
+    assert share >= least
     assert share == 1.0 or severity != "nothing"
 
 
-@pytest.fixture(scope="module", params=[4])
-def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    run = record(Case(world=request.param, options=("wide",)), tmp_path_factory.mktemp("wide") / "run")
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    run = record(Case(world=4, options=("wide",)), tmp_path_factory.mktemp("wide") / "run")
     return read_segments(Path(run) / "wire.pcapng"), read_truth(run / "truth")
 
 
 @pytest.mark.lab
 def test_what_can_still_be_proven_is_reported(wide: Recorded) -> None:
-    shares = {severity: known(wide, severity, range(6)) for severity in SEVERITIES}
+    shares = {severity: known(wide, severity, range(4)) for severity in SEVERITIES}
     assert not {severity: share for severity, share in shares.items() if share < LEAST.get(severity, 0.0)}, shares
+    assert shares["50 %"] > 0.0

@@ -96,7 +96,7 @@ def _summary(victims: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "counts": {
             "victims": len(victims),
-            **{status: statuses.count(status) for status in ("converged", "not_converged", "not_observed")},
+            **{status: statuses.count(status) for status in ("converged", "filled", "not_converged", "not_observed")},
             "read_back": sum(victim["psnr_db"] >= GOOD_PSNR_DB and victim["label_ok"] for victim in scored),
         },
         "read_back_means": f"PSNR at least {GOOD_PSNR_DB:g} dB and every label right",

@@ -24,6 +24,8 @@ DEADLINE_S = 120.0
 UNDETERMINED = 1e-2
 """Predicted mean squared error, in units of the squared input range, above which a match is no reconstruction: many
 different pictures match as well. 20 dB."""
+UNKNOWN = 1 / 24
+"""The same where a prior filled what the equations leave open: half the error of gray for a picture of noise."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -103,13 +105,14 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     fields["predicted_mse"] = certificate.predicted_mse
     low, high = target.input_range
     error = max(certificate.left_open, certificate.predicted_mse or 0.0)
-    if not error <= UNDETERMINED * (high - low) ** 2:
+    if not error <= (UNKNOWN if answer.filled else UNDETERMINED) * (high - low) ** 2:
         return fields | {
             "reason": f"the gradient matches, but so do other inputs: mean squared error {error:.1e} or so"
         }
     frames = answer.film.frames
     return fields | {
-        "status": Status.CONVERGED,
+        "status": Status.FILLED if answer.filled else Status.CONVERGED,
+        "reason": answer.reason if answer.filled else None,
         "inputs": inputs.float().cpu(),
         "labels": answer.labels.cpu(),
         "soft_labels": None if answer.soft_labels is None else answer.soft_labels.detach().float().cpu(),

@@ -3,6 +3,7 @@
 from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.dlg import dlg
+from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.rgap import rgap
@@ -12,6 +13,7 @@ METHODS: dict[str, Method] = {
     "auto": auto,
     "rgap": rgap,
     "unmix": unmix,
+    "gauss-newton": gauss_newton,
     "idlg": idlg,
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,

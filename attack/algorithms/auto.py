@@ -13,12 +13,14 @@ from torch import nn
 
 from attack.algorithms.base import Answer, Method
 from attack.algorithms.dlg import dlg
+from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
+from attack.engine.cut import count
 from attack.engine.features import NoFeatures, count_examples
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected
@@ -36,7 +38,7 @@ def auto(target: Target, context: Context) -> Answer:
     elif examples == 1:
         plan.append(("unmix", unmix, "one example through fully connected layers: each solved on its own"))
     else:
-        plan.append(("unmix", unmix, f"{examples} examples{source}: taken apart layer by layer"))
+        plan.append(_batch(target, examples, f"{examples} examples{source}"))
     if examples == 1 or target.labels is not None:
         if _kinked(target):
             plan.append(
@@ -82,6 +84,18 @@ def _connected(target: Target) -> bool:
     except NoChain:
         return False
     return True
+
+
+def _batch(target: Target, examples: int, what: str) -> tuple[str, Method, str]:
+    """What takes a batch apart: least squares alone where every layer is fully connected."""
+    try:
+        links = trace(target.model, target.input_shape)
+    except NoChain:
+        return "unmix", unmix, f"{what}: taken apart layer by layer"
+    if _connected(target):
+        return "unmix", unmix, f"{what}: taken apart layer by layer"
+    known = count(links, examples)
+    return "gauss-newton", gauss_newton, f"{what}, {known}: solved from the last layer down, then the pixels"
 
 
 def _batch_size(target: Target) -> tuple[int, str]:

@@ -24,6 +24,9 @@ class Status(enum.StrEnum):
 
     CONVERGED = "converged"
     """The answer's gradient is the observed one, within what the observation's exactness allows."""
+    FILLED = "filled"
+    """The gradient matches and the equations leave part open, which a prior on pictures filled: a likely picture, not
+    a proven one."""
     NOT_CONVERGED = "not_converged"
     """It is not; there is no answer."""
     NOT_OBSERVED = "not_observed"
@@ -46,6 +49,11 @@ class Answer:
     again: Callable[[Target], Tensor] | None = None
     """The inputs that a slightly moved gradient gives, found from these: where the method can tell for little. May
     raise NoChain or NoFeatures where it moved too far."""
+    left_open: float | None = None
+    """Mean square of what is left open of `inputs`, the answer's own misfit and the prior included, where the method
+    solved for that."""
+    filled: bool = False
+    """Whether a prior on pictures decided what the equations leave open; `reason` then says how much."""
     batch_size_read: bool = False
     """Whether the batch size was not told, but read from the gradient."""
     evaluations: int = 0
@@ -90,7 +98,7 @@ class Reconstruction:
     batch_size_assumed: bool = False
     """Whether the batch size was a guess (1), because it was not told."""
     reason: str | None = None
-    """One line, where not converged."""
+    """One line, where not converged, or filled."""
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     evaluations: int = 0

@@ -17,7 +17,7 @@ from attack.algorithms.base import Answer
 from attack.algorithms.rgap import rgap
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context, Progress
-from attack.engine.features import Features, NoFeatures, count_examples, read_features, reread_features
+from attack.engine.features import NoFeatures, count_examples, read_batch, reread_features
 from attack.engine.film import Film
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected, unmix_layers
@@ -28,13 +28,9 @@ def unmix(target: Target, context: Context) -> Answer:
     examples = target.batch_size
     try:
         examples = count_examples(target)
-        if not target.batch_size_assumed and examples != target.batch_size:
-            raise NoFeatures(
-                f"the last layer's gradient has the rank of {examples} examples, and {target.batch_size} were told"
-            )
         links = trace(target.model, target.input_shape)
         check_connected(links)
-        features = _in_told_order(read_features(target, context), target)
+        features = read_batch(target, context)
         inputs = unmix_layers(target, links, features)
     except (NoFeatures, NoChain) as error:
         if examples == 1 == target.batch_size:  # the walk back does with less
@@ -52,14 +48,3 @@ def unmix(target: Target, context: Context) -> Answer:
         batch_size_read=target.batch_size_assumed,
         evaluations=1,
     )
-
-
-def _in_told_order(features: Features, target: Target) -> Features:
-    """The examples in the order of the labels, where they were told. Raises: NoFeatures where those are others."""
-    if target.labels is None:
-        return features
-    places = target.labels.argsort(stable=True).argsort()
-    if not features.labels.sort().values[places].equal(target.labels):
-        raise NoFeatures(f"the last layer's gradient is that of labels {features.labels.tolist()}, others were told")
-    places = features.labels.argsort(stable=True)[places]
-    return Features(values=features.values[places], labels=features.labels[places], error=features.error[places])

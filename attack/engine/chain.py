@@ -33,6 +33,11 @@ class Link:
         """Elements of one example's input."""
         return math.prod(self.input_shape)
 
+    @property
+    def outputs(self) -> int:
+        """Elements of one example's output."""
+        return math.prod(self.output_shape)
+
 
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Link]:
     """The links of a model, first to last.

@@ -181,6 +181,26 @@ def _at_once(split: _Split, target: Target, nonnegative: bool, context: Context)
     return None
 
 
+def read_batch(target: Target, context: Context) -> Features:
+    """As `read_features`; but batch size and labels must be those that were told, and their order is kept.
+
+    Raises: NoFeatures.
+    """
+    examples = count_examples(target)
+    if not target.batch_size_assumed and examples != target.batch_size:
+        raise NoFeatures(
+            f"the last layer's gradient has the rank of {examples} examples, and {target.batch_size} were told"
+        )
+    features = read_features(target, context)
+    if target.labels is None:
+        return features
+    places = target.labels.argsort(stable=True).argsort()
+    if not features.labels.sort().values[places].equal(target.labels):
+        raise NoFeatures(f"the last layer's gradient is that of labels {features.labels.tolist()}, others were told")
+    places = features.labels.argsort(stable=True)[places]
+    return Features(values=features.values[places], labels=features.labels[places], error=features.error[places])
+
+
 def reread_features(target: Target, before: Features) -> Features:
     """The features that a slightly moved gradient gives, found from those before. Raises: NoFeatures."""
     split = _split(target, batch=len(before.labels))

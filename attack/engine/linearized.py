@@ -21,6 +21,30 @@ from attack.engine.target import Target
 Operator = Callable[[Tensor], Tensor]
 
 
+class Jacobian:
+    """A function's value at one place, and products with its derivative there, both ways."""
+
+    def __init__(self, function: Operator, at: Tensor) -> None:
+        self._at = at.detach().requires_grad_()
+        self._value = function(self._at)
+        self._u = torch.zeros_like(self._value, requires_grad=True)
+        # J'u is linear in u: its derivative by u is J.
+        (self._transposed,) = torch.autograd.grad(self._value, self._at, self._u, create_graph=True)
+
+    @property
+    def value(self) -> Tensor:
+        """The function's value."""
+        return self._value.detach()
+
+    def forward(self, v: Tensor) -> Tensor:
+        """J v; `v` is shaped as the place."""
+        return torch.autograd.grad(self._transposed, self._u, v, retain_graph=True)[0]
+
+    def back(self, rows: Tensor) -> Tensor:
+        """J'rows; `rows` is shaped as the value."""
+        return torch.autograd.grad(self._value, self._at, rows, retain_graph=True)[0]
+
+
 class Linearized:
     """The system at `inputs`, whose labels are fixed."""
 
@@ -28,24 +52,16 @@ class Linearized:
         low, high = target.input_range
         self._precision = 12 / (high - low) ** 2  # of a number that is uniform in the range
         self._weights = target.noise.square().reciprocal()  # 0 where the gradient is not known
-        self._inputs = inputs.detach().requires_grad_()
-        self._mismatch = target.mismatch(self._inputs, labels, differentiable=True)
-        self._u = torch.zeros_like(self._mismatch, requires_grad=True)
-        # J'u is linear in u: its derivative by u is J.
-        (self._transposed,) = torch.autograd.grad(self._mismatch, self._inputs, self._u, create_graph=True)
+        self._match = Jacobian(lambda x: target.mismatch(x, labels, differentiable=True), inputs)
 
     @property
     def downhill(self) -> Tensor:
         """-J'W mismatch, shaped as the inputs."""
-        return -self._back(self._weights * self._mismatch.detach())
+        return -self._match.back(self._weights * self._match.value)
 
     def multiply(self, v: Tensor) -> Tensor:
         """(J'WJ + P) v; `v` is shaped as the inputs."""
-        (forward,) = torch.autograd.grad(self._transposed, self._u, v, retain_graph=True)
-        return self._back(self._weights * forward) + self._precision * v
-
-    def _back(self, rows: Tensor) -> Tensor:
-        return torch.autograd.grad(self._mismatch, self._inputs, rows, retain_graph=True)[0]
+        return self._match.back(self._weights * self._match.forward(v)) + self._precision * v
 
 
 def conjugate_gradients(

@@ -23,10 +23,16 @@ METHOD_NAMES = {
     "auto": "No method was started",
     "rgap": "R-GAP (Zhu & Blaschko 2021): solved in closed form, layer by layer",
     "unmix": "Unmixing: a batch taken apart layer by layer, from the features that the last layer gives away",
+    "gauss-newton": "Gauss-Newton: solved from the last layer down as far as that goes, then all pixels together",
     "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",
     "idlg": "iDLG (Zhao et al. 2020): label read, input searched",
 }
-STATUS_WORDS = {"converged": "converged", "not_converged": "not converged", "not_observed": "not observed"}
+STATUS_WORDS = {
+    "converged": "converged",
+    "filled": "filled by a prior",
+    "not_converged": "not converged",
+    "not_observed": "not observed",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,8 @@ from attack.engine.target import Refused, Target, prepare
 from attack.errors import AttackError
 from attack.observation import Knowledge, Observation
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
+"""For one victim: batches of convolutional nets take 20 to 150 s of CPU time, one example a second or two."""
 UNDETERMINED = 1e-2
 """Predicted mean squared error, in units of the squared input range, above which a match is no reconstruction: many
 different pictures match as well. 20 dB."""

@@ -22,6 +22,7 @@ class Totals:
 
     victims: int
     converged: int
+    filled: int
     read_back: int
 
 
@@ -60,5 +61,6 @@ def _totals(views: Sequence[View]) -> Totals:
     return Totals(
         victims=sum(view.counts["victims"] for view in views),
         converged=sum(view.counts["converged"] for view in views),
+        filled=sum(view.counts["filled"] for view in views),
         read_back=sum(view.counts["read_back"] for view in views),
     )

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from attack.decode.export import read_observations
 from attack.decode.recording import Recording
 from attack.observation import Knowledge, Observation
+from attack.reconstruct import DEADLINE_S
 from attack.victims import Listener, Plan, VictimProgress, attack_all
 from harness.errors import ConfigError
 from harness.models import load_model
@@ -34,8 +35,8 @@ class Attack(Command):
     out: Path
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
-    """auto (picks, and says why), dlg, idlg, inverting-gradients, rgap (one example, in closed form) or unmix (batches,
-    exactly)."""
+    """auto (picks, and says why), dlg, idlg, inverting-gradients, rgap (one example, in closed form), unmix (batches of
+    fully connected nets, exactly) or gauss-newton (batches of convolutional ones)."""
     victim: str | None = None
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None
@@ -58,7 +59,7 @@ class Attack(Command):
     """cpu, cuda, or auto: a GPU where there is one."""
     seed: int = 0
     """Fixes every random draw."""
-    deadline_s: float = 120.0
+    deadline_s: float = DEADLINE_S
     """Longest time for one victim, in seconds."""
     processes: int | None = None
     """Victims attacked at once; left out: one for each core."""
@@ -85,7 +86,9 @@ class Attack(Command):
         with listening() as listener:
             answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
         victims = answer["victims"]
-        return Result(json=answer, text=_text(victims, self.out), ok=any(v["status"] == "converged" for v in victims))
+        return Result(
+            json=answer, text=_text(victims, self.out), ok=any(v["status"] in ("converged", "filled") for v in victims)
+        )
 
     def _input_shape(self) -> tuple[int, ...]:
         if self.input_shape is not None:

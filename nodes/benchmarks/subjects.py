@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import random
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,8 @@ SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "faces", "photos")
 OBSERVED = ("raw", "differenced", "holes", "float16")
 """As it was sent; from float32 sums with another rank's; with unknown elements before the last layer; rounded."""
 HOLES = 0.3
+MIRRORED = "+mirrored"
+"""After a data set's name: twice the pictures, each label at least twice."""
 TRAINING_BATCH = 16
 TRAINING_RATE = {"lenet": 0.3, "mlp": 0.1}
 
@@ -53,8 +56,15 @@ class Subject:
 
 @functools.cache
 def dataset(spec: str) -> Dataset:
-    """`load_data`, once."""
-    return load_data(spec)
+    """`load_data`, once; after `MIRRORED`, with the mirror image of every picture."""
+    plain = load_data(spec.removesuffix(MIRRORED))
+    if not spec.endswith(MIRRORED):
+        return plain
+    return dataclasses.replace(
+        plain,
+        pictures=np.concatenate([plain.pictures, plain.pictures[..., ::-1]]),
+        labels=np.concatenate([plain.labels, plain.labels]),
+    )
 
 
 def draw(

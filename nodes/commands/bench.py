@@ -12,13 +12,14 @@ BENCHMARKS = {
     "attack": "Attack",
     "certificate": "Certificate",
     "labels": "Labels",
+    "batches": "Batches",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels.
+    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -61,6 +61,15 @@ def test_bench_labels_counts_them_beside_the_truth(capsys):
     assert whole["likeliest_right"] >= 22 and whole["exact_right"] >= 18 and whole["exact_wrong"] == 0
 
 
+def test_bench_batches_scores_whole_batches(capsys):
+    arguments = ["--models", "mlp:hidden=100/6", "lenet/2", "--data", "faces", "--seeds", "1"]
+    assert main(["bench", "batches", *arguments, "--json"]) == 0
+    connected, convolutional, *rows = json.loads(capsys.readouterr().out)["cases"]
+    assert connected["converged"] == connected["exact_share"] == connected["labels_right"] == 1
+    assert convolutional["batches"] == 1 and convolutional["good_share"] == 1
+    assert [len(row["mse"]) for row in rows] == [6, 2]
+
+
 @pytest.mark.lab
 def test_bench_attack_reads_pictures_out_of_captures_beside_the_published_loop(capsys):
     arguments = ["--images", "1", "--kinds", "photos", "--exchange", "ddp"]

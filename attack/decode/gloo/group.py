@@ -80,8 +80,16 @@ class Group:
         if not self._began:
             self._began = True
             if plan.weights is not None:
-                initial = torch.from_numpy(plan.weights).to(self._dtype)
-                self._shadow = Shadow(weights=initial, step=step.step, shapes=plan.shapes, optimizer=self._optimizer)
+                several = not plan.flat and plan.format is None
+                if several:
+                    self._notes.add("parameters have different formats: the weights are known in the first step only")
+                initial = torch.from_numpy(plan.weights)
+                self._shadow = Shadow(
+                    weights=initial if plan.flat or several else initial.to(self._dtype),
+                    step=step.step,
+                    shapes=plan.shapes,
+                    optimizer=None if several else self._optimizer,
+                )
             else:
                 self._notes.add("the initial weights were not seen whole: no step's weights are known")
         weights = self._shadow.weights(step.step) if self._shadow is not None else None

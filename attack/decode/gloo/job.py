@@ -61,6 +61,7 @@ class Job:
         self._unrecognized = -1  # as many collectives were no known job's
         self._layout: list[Bucket] = []
         self._layout_settled = False
+        self._formats: dict[int, Format] = {}  # of the parameters' gradients; those of no element have none
         self._indices: bytearray | None = None  # of a new layout, whose sizes come next
         self._alone = False  # nothing is ever under way beside the buckets
         self._between: float = 0  # bytes that a link may have carried since the last step
@@ -179,7 +180,13 @@ class Job:
                 self._refuse("wanted the layout of the buckets, got other numbers, or not all of them")
                 return
             parameters = [slice(*plan.offsets[index : index + 2]) for index in range(plan.count)]
-            self._layout = [Bucket(tuple(parameters[index] for index in bucket), self.format) for bucket in layout]
+            self._layout = [
+                Bucket(
+                    tuple(parameters[index] for index in bucket),
+                    next((self._formats[index] for index in bucket if index in self._formats), self.format),
+                )
+                for bucket in layout
+            ]
             self._layout_settled = self._alone = True  # DDP maps unused parameters only where it keeps its buckets
             return
         unsettled = not self._layout_settled
@@ -297,10 +304,11 @@ class Job:
         finder = Finder(self._network, self.plan, lambda tag: end or self._closed(tag))
         for tag in range(self._tag, min(self._network.newest, self._tag + MAX_SKIPPED) + 1):
             found = finder.flat(tag) if self.plan.flat else finder.model(tag, next_one=tag == self._tag)
-            if found:
+            mixed = not found and not self.plan.flat and tag == self._tag
+            if found or (mixed and (found := finder.mixed(tag))):
                 for _ in range(self._tag, tag):
                     self._skip("an all-reduce before the first step")
-                self._begin(found)
+                self._begin(found, mixed=mixed)
                 return True
             if self.plan.flat:
                 break
@@ -311,7 +319,7 @@ class Job:
             )
         return False
 
-    def _begin(self, layout: list[Bucket]) -> None:
+    def _begin(self, layout: list[Bucket], *, mixed: bool) -> None:
         """The first step's buckets are known, and with them what the state is."""
         plan, self._layout = self.plan, layout
         assert plan is not None
@@ -322,8 +330,10 @@ class Job:
             plan.weights, rest = plan.weights[:size], plan.weights[size:]
             plan.buffers = rest if rest.size else None
         else:
-            plan.settle(layout[0].format)
-        self._layout_settled, self._alone = plan.flat or len(layout) > 1, plan.flat
+            starts = {part.start: bucket.format for bucket in layout for part in bucket.parts if part.start < part.stop}
+            self._formats = {at: starts[start] for at, start in enumerate(plan.offsets[:-1]) if start in starts}
+            plan.settle_each(self._formats) if mixed else plan.settle(layout[0].format)
+        self._layout_settled, self._alone = plan.flat or (len(layout) > 1 and not mixed), plan.flat
 
     @property
     def format(self) -> Format:

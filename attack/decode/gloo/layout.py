@@ -6,7 +6,7 @@ but for the number format.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,9 +14,12 @@ from attack.decode.gloo.allreduce import agrees, partial_sums, solve_total
 from attack.decode.gloo.formats import FLOAT32, WIDTHS, Format, tell_format
 from attack.decode.gloo.head import Kind
 from attack.decode.gloo.network import Network
+from attack.decode.gloo.parameters import joined, parse_layout
 from attack.decode.gloo.ring import Ring
 from attack.decode.gloo.setup import Plan
 
+MAX_FORMATS = 4
+"""Of one model's parameters."""
 FLAT_BUCKET_BYTES = 25 << 20
 """Of the project's own all-reduce."""
 
@@ -65,6 +68,30 @@ class Finder:
             return [Bucket(self._whole, fmt)] if fmt is not None else []
         return next((found for width in WIDTHS if (found := self._backwards(tag, width))), [])
 
+    def mixed(self, tag: int) -> list[Bucket]:
+        """DDP's, of a model with parameters of several formats: a bucket of each, that of the first parameter last.
+
+        Which parameter has which format, only the next step tells: in the layout that is broadcast behind the first
+        one, no bucket has two.
+        """
+        for formats in range(2, MAX_FORMATS + 1):
+            behind = tag + formats
+            if not is_layout(self._network.sizes(Kind.BROADCAST, behind), self._plan):
+                continue
+            indices, sizes = (joined(self._network.copies(Kind.BROADCAST, at)) for at in (behind, behind + 1))
+            layout = parse_layout(indices, sizes, self._plan.count) if indices is not None else None
+            at = behind + 2
+            while self._network.kinds(at) == {Kind.BROADCAST}:
+                at += 1
+            of_format: dict[Format, list[slice]] = {}
+            for index, fmt in sorted(self._formats(layout or (), at).items()):
+                of_format.setdefault(fmt, []).append(self._whole[index])
+            found = [Bucket(tuple(parts), fmt) for fmt, parts in reversed(of_format.items())]
+            totals = [self._total(tag + at, bucket.format.bytes) for at, bucket in enumerate(found)]
+            if len(found) == formats and totals == [bucket.ring(self._world).total for bucket in found]:
+                return found
+        return []
+
     def flat(self, tag: int) -> list[Bucket]:
         """The project's own: buckets of 25 MiB and a smaller one.
 
@@ -112,6 +139,19 @@ class Finder:
             layout.append(Bucket(tuple(part for part in self._whole if start <= part.start < stop), fmt))
             stop, tag = start, tag + 1
         return layout
+
+    def _formats(self, layout: Sequence[Sequence[int]], tag: int) -> dict[int, Format]:
+        """Of each parameter, by the sums of a step that begins at `tag`; empty where one is not certain."""
+        found: dict[int, Format] = {}
+        for at, indices in enumerate(layout, tag):
+            elements = sum(self._whole[index].stop - self._whole[index].start for index in indices)
+            rings = [Ring(width * elements, self._world, width) for width in WIDTHS]
+            rings = [ring for ring in rings if self._closed(at) and self._total(at, ring.element) == ring.total]
+            fmt = self._format(rings[0], at) if len(rings) == 1 else None
+            if fmt is None:
+                return {}
+            found |= dict.fromkeys(indices, fmt)
+        return found
 
     def _total(self, tag: int, width: int) -> int | None:
         return solve_total(self._network.ring(), tag, world=self._world, element=width)

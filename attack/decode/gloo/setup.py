@@ -65,8 +65,10 @@ class Plan:
     """Of each parameter in the flat gradient, and behind the last."""
     states: tuple[State, ...] = ()
     """How the broadcast state can be read, the likeliest way first."""
+    parts: tuple[bytearray | None, ...] = ()
+    """The state as it was broadcast."""
     format: Format | None = None
-    """Of the model's state; None: not known."""
+    """Of the model's state; None: not known, or several."""
 
     @property
     def count(self) -> int:
@@ -92,6 +94,20 @@ class Plan:
         self.format = {FLOAT32.bytes: FLOAT32, FLOAT64.bytes: FLOAT64}.get(state.width, fmt)
         self.weights = numbers(state.weights, self.format)
         self.buffers = numbers(state.buffers, self.format) if state.buffers else None
+
+    def settle_each(self, formats: dict[int, Format]) -> None:
+        """Parameters have different formats: each one's state is in the broadcast of its own, before its buffers."""
+        weights = np.zeros(self.offsets[-1], np.result_type(*(fmt.container for fmt in formats.values())))
+        for part, fmt in zip(self.parts, dict.fromkeys(formats[index] for index in sorted(formats)), strict=False):
+            own = [slice(*self.offsets[index : index + 2]) for index in sorted(formats) if formats[index] is fmt]
+            size = fmt.bytes * sum(where.stop - where.start for where in own)
+            if part is None or len(part) < size:
+                return
+            values, at = numbers(memoryview(part)[:size], fmt), 0
+            for where in own:
+                weights[where] = values[at : at + where.stop - where.start]
+                at += where.stop - where.start
+        self.weights, self.states = weights, ()
 
     def reorder(self, flat: np.ndarray[Any, Any]) -> None:
         """A flat vector, in the order in which its tensors lie in memory: in the order of their indices, from now on.
@@ -151,7 +167,7 @@ def _recognize_ddp(setup: Sequence[Collective]) -> Plan | str | None:
         return f"DDP: the shapes of {count or 'its'} parameters cannot be told from what was broadcast"
     offsets = (0, *accumulate(math.prod(tensor.shape) for tensor in tensors))
     states = _states(contents[1 : cut + 1], [*contents[cut + 1 :], *later], offsets[-1])
-    return Plan(flat=False, tensors=tensors, offsets=offsets, states=states)
+    return Plan(flat=False, tensors=tensors, offsets=offsets, states=states, parts=tuple(contents[1:]))
 
 
 def _states(parts: Sequence[bytearray | None], later: Sequence[bytearray | None], elements: int) -> tuple[State, ...]:

@@ -25,6 +25,8 @@ MANY: list[dict[str, Any]] = [
     {"model": "norm", "ranks": [0, 1, 2], "dtype": "float16"},
     {"model": "resnet", "ranks": [0, 1], "last": True, "cap": 0.05},
     {"model": "norm", "ranks": [0, 1, 2], "hook": "powersgd", "steps": 5},
+    {"model": "tiny", "ranks": [0, 1, 2]},
+    {"model": "mixed", "ranks": [0, 1, 2], "cap": 0.001, "steps": 3},
 ]
 """Over IPv6, where no other address is left; the first over the group of all ranks, the others over their own."""
 

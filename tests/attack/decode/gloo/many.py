@@ -42,6 +42,32 @@ def bf16_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.future
 HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": bf16_hook}
 
 
+class Tiny(nn.Module):
+    """Parameters of one element, of none, and without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1, 1))
+        self.layer = nn.Linear(4, 5)
+        self.nothing = nn.Parameter(torch.ones(0, 5))
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scale + self.shift + self.nothing.sum()
+
+
+class Mixed(nn.Module):
+    """Layers of float32 and of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 24), nn.Linear(24, 16).double()
+        self.norm, self.last = nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.second(self.first(x).relu().double()).relu().float()))
+
+
 def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """A model, and the shape of one example."""
     if name == "norm":
@@ -50,6 +76,10 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
         return load_model("lenet:input=3x16x16,channels=6,classes=5"), (3, 16, 16)
     if name == "resnet":
         return load_model("resnet:input=3x8x8,depth=10,width=4,classes=5"), (3, 8, 8)
+    if name == "tiny":
+        return Tiny(), (4,)
+    if name == "mixed":
+        return Mixed(), (20,)
     raise ValueError(name)
 
 
@@ -115,7 +145,8 @@ def train(out: Path, job: dict[str, Any]) -> None:
     torch.manual_seed(100 * rank)  # every rank has weights of its own, until DDP broadcasts those of its first rank
     model, shape = build(job["model"])
     dtype = getattr(torch, job.get("dtype", "float32"))
-    model.to(dtype)
+    if "dtype" in job:
+        model.to(dtype)
     if job.get("last"):
         model.to(memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, process_group=group, bucket_cap_mb=job.get("cap", 25))

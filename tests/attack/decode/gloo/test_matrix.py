@@ -71,8 +71,10 @@ def test_number_types_and_memory_orders_of_every_kind_are_read(many: Many) -> No
         assert [(seen.step, seen.rank) for seen in ours] == wanted, many.notes
         if one.get("hook") == "powersgd":
             continue
-        assert all(seen.complete and seen.weights is not None for seen in ours), many.notes
-        dtype = one.get("dtype", "float32")
+        assert all(seen.complete for seen in ours), many.notes
+        mixed = one["model"] == "mixed"  # then the optimizer's arithmetic is not followed
+        assert all(seen.weights is not None for seen in ours if not mixed or not seen.step), many.notes
+        dtype = "float64" if mixed else one.get("dtype", "float32")
         assert {str(seen.gradient.dtype) for seen in ours} == {
             "torch.float64" if dtype == "float64" else "torch.float32"
         }

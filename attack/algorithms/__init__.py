@@ -6,6 +6,7 @@ from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
+from attack.algorithms.patterns import patterns
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 
@@ -14,6 +15,7 @@ METHODS: dict[str, Method] = {
     "rgap": rgap,
     "unmix": unmix,
     "gauss-newton": gauss_newton,
+    "patterns": patterns,
     "idlg": idlg,
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,

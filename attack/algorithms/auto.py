@@ -16,6 +16,7 @@ from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
+from attack.algorithms.patterns import patterns
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 from attack.engine.chain import NoChain, trace
@@ -33,7 +34,9 @@ def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
     plan: list[tuple[str, Method, str]] = []
     examples, source = _batch_size(target)
-    if examples == 1 and not _connected(target):
+    if examples == 1 and any(isinstance(module, nn.MaxPool2d) for module in target.model.modules()):
+        plan.append(("patterns", patterns, "one example through max pooling: find which positions passed"))
+    elif examples == 1 and not _connected(target):
         plan.append(("rgap", rgap, "one example: walk back in closed form"))
     elif examples == 1:
         plan.append(("unmix", unmix, "one example through fully connected layers: each solved on its own"))

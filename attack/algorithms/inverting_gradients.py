@@ -53,9 +53,7 @@ def inverting_gradients(
     shape = (1, target.batch_size, *target.input_shape)
 
     def cost(inputs: Tensor) -> Tensor:
-        own = match.gradients(inputs, labels[None])
-        cosine = torch.nn.functional.cosine_similarity(own, match.observed[None], dim=1)
-        return 1 - cosine + variation / (high - low) * total_variation(inputs)
+        return misdirection(match, inputs, labels) + variation / (high - low) * total_variation(inputs)
 
     film = Film()
     start = torch.randn(shape, generator=context.generator, dtype=torch.float64).to(match.observed) * (high - low) + low
@@ -85,6 +83,12 @@ def inverting_gradients(
                 return Answer(inputs=inputs, labels=labels, film=film, evaluations=evaluations)
     reason = None if context.seconds_left else "the deadline passed"
     return Answer(inputs=best, labels=labels, film=film, evaluations=evaluations, reason=reason)
+
+
+def misdirection(match: Match, inputs: Tensor, labels: Tensor) -> Tensor:
+    """1 - cosine between the gradients of batches and the observed one, shape (searches,)."""
+    own = match.gradients(inputs, labels.expand(len(inputs), -1))
+    return 1 - torch.nn.functional.cosine_similarity(own, match.observed[None], dim=1)
 
 
 def _polish(target: Target, context: Context, inputs: Tensor, labels: Tensor) -> Found:

@@ -45,7 +45,7 @@ def rgap(target: Target, context: Context) -> Answer:
         label = read_label(target)
         links = trace(target.model, target.input_shape)
         check(links)
-        _check_rank_one(target)
+        check_rank_one(target)
         answer = _quickly(target, links, label, context) or _in_full(target, links, label, context)
     except (NoLabel, NoChain) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
@@ -102,8 +102,11 @@ def _solve(target: Target, links: list[Link], label: Tensor, context: Context) -
     return belief, _polish(target, belief, label, context)
 
 
-def _check_rank_one(target: Target) -> None:
-    """One example's gradient of a linear layer is an outer product; the sum over several examples is not."""
+def check_rank_one(target: Target) -> None:
+    """One example's gradient of a linear layer is an outer product; the sum over several examples is not.
+
+    Raises: NoChain.
+    """
     weight, bias = target.tensors(target.gradient)[-2:]
     known = target.tensors(target.known)[-2]
     error = bias[:, None] * known

@@ -28,7 +28,7 @@ HOLES = 0.3
 MIRRORED = "+mirrored"
 """After a data set's name: twice the pictures, each label at least twice."""
 TRAINING_BATCH = 16
-TRAINING_RATE = {"lenet": 0.3, "mlp": 0.1}
+TRAINING_RATE = {"lenet": 0.3, "mlp": 0.1, "convnet": 0.1, "resnet": 0.05}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

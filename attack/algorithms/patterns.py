@@ -1,0 +1,124 @@
+"""Nets of two blocks of convolution, ReLU and max pooling, batch of one, exactly: the pooling patterns are found.
+
+The last layer gives the pooled features and their error; which positions passed the poolings is searched for
+(`attack.engine.patterns`), from a short run of Inverting Gradients on. With the patterns known all is linear, and more
+is known than wanted: the gradient of the upper convolution then has no misfit but rounding, and so proves the pattern.
+
+Ours; the first stage is Geiping et al., NeurIPS 2020, arXiv 2003.14053; that patterns make the rest linear is used by
+Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from attack.algorithms.base import Answer
+from attack.algorithms.inverting_gradients import RATE, misdirection
+from attack.algorithms.rgap import check_rank_one
+from attack.engine.chain import NoChain
+from attack.engine.context import Context, Progress
+from attack.engine.descent import descend
+from attack.engine.film import Film
+from attack.engine.labels import NoLabel, read_label
+from attack.engine.match import Match
+from attack.engine.patterns import SLACK, Patterns
+from attack.engine.pooling import read
+from attack.engine.priors import total_variation
+from attack.engine.target import Target
+
+START_ITERATIONS = 300
+VARIATION = 1e-2
+AGAIN_SLACK, AGAIN_STEPS = 1e-4, 10
+ROUNDS = 14
+"""Annealings from one start. Of ten, most pictures are found after five to eight."""
+SETTLE_FROM = 2
+RESTARTS = 1
+PROVEN = 10.0
+"""How far the upper gradient's median channel may be off, in units of its rounding, for the features to be exact."""
+
+
+def patterns(target: Target, context: Context) -> Answer:
+    """The input and label of a batch of one."""
+    try:
+        label = read_label(target)
+        net = read(target)
+        check_rank_one(target)
+    except (NoLabel, NoChain) as error:
+        return Answer(inputs=None, labels=None, reason=str(error))
+    film, rounds = Film(), 0
+    best, least = None, float("inf")
+    for restart in range(RESTARTS + 1):
+        state = Patterns(net, _start(target, label, context), target.input_range, context)
+        for number in range(ROUNDS):
+            if not context.seconds_left:
+                break
+            state.anneal()
+            rounds += 1
+            found = _settled(target, state, label) if number >= SETTLE_FROM else state.inputs[None]
+            residual = target.residual(found, label)
+            film.take(rounds, residual, found)
+            if residual < least:
+                best, least = found, residual
+            context.progress(
+                Progress(method="patterns", evaluations=rounds, residual=least, seconds_left=context.seconds_left)
+            )
+            if residual <= target.tolerance:
+                return Answer(
+                    inputs=found,
+                    labels=label,
+                    film=film,
+                    again=functools.partial(_again, found=found, context=context),
+                    evaluations=rounds,
+                    restarts=restart,
+                )
+    reason = f"{rounds} annealings did not settle the patterns" if context.seconds_left else "the deadline passed"
+    return Answer(inputs=best, labels=label, film=film, evaluations=rounds, restarts=RESTARTS, reason=reason)
+
+
+def _start(target: Target, label: Tensor, context: Context) -> Tensor:
+    """A short run of Inverting Gradients, float64, shape (channels, height, width)."""
+    low, high = box = target.input_range
+    match = Match(target, torch.float32)
+
+    def cost(inputs: Tensor) -> Tensor:
+        return misdirection(match, inputs, label) + VARIATION / (high - low) * total_variation(inputs)
+
+    draws = torch.randn((1, 1, *target.input_shape), generator=context.generator, dtype=torch.float64)
+    found = draws.to(match.observed) * (high - low) + low
+    rate = RATE * (high - low)
+    for _, variables, _ in descend(found, cost, context, iterations=START_ITERATIONS, rate=rate, box=box):
+        found = variables.detach()
+    return found[0, 0].double()
+
+
+def _settled(target: Target, state: Patterns, label: Tensor) -> Tensor:
+    """The picture at which the search is, or the exact one where the features between come out proven."""
+    before = state.between, state.likely
+    if state.settle() > PROVEN:
+        state.between, state.likely = before
+        return state.inputs[None]
+    best, least = state.inputs[None], float("inf")
+    for slack in SLACK:
+        found = state.descend(slack)[None]
+        residual = target.residual(found, label)
+        if residual < least:
+            best, least = found, residual
+            state.inputs = found[0]
+        if least <= target.tolerance:
+            break
+    return best
+
+
+def _again(moved: Target, *, found: Tensor, context: Context) -> Tensor:
+    """The picture of a slightly moved gradient: its patterns are those of the one before. Raises: NoChain."""
+    try:
+        net = read(moved)
+    except NoLabel as error:
+        raise NoChain(str(error)) from error
+    state = Patterns(net, found[0], moved.input_range, context)
+    state.take_patterns()
+    state.settle(sweep=False)
+    return state.descend(AGAIN_SLACK, steps=AGAIN_STEPS)[None]

@@ -13,13 +13,14 @@ BENCHMARKS = {
     "certificate": "Certificate",
     "labels": "Labels",
     "batches": "Batches",
+    "patterns": "Patterns",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches.
+    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches, patterns.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -45,6 +45,13 @@ def convolution() -> nn.Module:
     )  # fmt: skip
 
 
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 5),
+    )  # fmt: skip
+
+
 def spec(name: str) -> str:
     """How a `Knowledge` names a toy."""
     return f"{__name__}:{name}"

@@ -174,7 +174,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         loss=LOSSES[knowledge.loss],
         gradient=gradient.to(device),
         known=known.double().to(device),
-        noise=_noise(observation, known, gradient, bound).to(device),
+        noise=element_noise(observation, known, gradient, bound).to(device),
         bound=bound.to(device),
         shapes=tuple(parameter.shape for parameter in model.parameters()),
         input_shape=knowledge.input_shape,
@@ -241,7 +241,7 @@ def _batch_size(knowledge: Knowledge) -> int:
     return size
 
 
-def _noise(observation: Observation, known: Tensor, gradient: Tensor, bound: Tensor) -> Tensor:
+def element_noise(observation: Observation, known: Tensor, gradient: Tensor, bound: Tensor) -> Tensor:
     """float32 rounding of the sender's arithmetic and, where differenced, an error uniform within the bound."""
     parts = []
     sizes = [math.prod(shape) for shape in observation.shapes]

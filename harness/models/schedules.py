@@ -4,8 +4,9 @@
     +linear:start_factor=0.1,total_iters=5,until=5+cosine:T_max=95 one after the other (torch's SequentialLR)
     +step:step_size=1,gamma=0.5,every=500                          ticks once in 500 steps: an epoch
     +warmup-cosine:warmup=10,steps=100                             up from 0, then down to 0
+    +table:factors=1/0.5/0.25                                      any other, step by step
 
-`until` and `every` are ours. Schedules without `until` all tick, each changing what the one before it made.
+`until`, `every` and `table` are ours. Schedules without `until` all tick, each changing what the one before it made.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ def _warmup_cosine(optimizer: Optimizer, *, warmup: int, steps: int) -> lr_sched
     return lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def _table(optimizer: Optimizer, *, factors: float | tuple[float, ...]) -> lr_scheduler.LRScheduler:
+    """The factor of each step, one after the other; the last one stays."""
+    values = factors if isinstance(factors, tuple) else (factors,)
+    return lr_scheduler.LambdaLR(optimizer, lambda step: values[min(step, len(values) - 1)])
+
+
 SCHEDULES: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
     "step": lr_scheduler.StepLR,
     "multistep": lr_scheduler.MultiStepLR,
@@ -55,6 +62,7 @@ SCHEDULES: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
     "cyclic": lr_scheduler.CyclicLR,
     "warmup-linear": _warmup_linear,
     "warmup-cosine": _warmup_cosine,
+    "table": _table,
 }
 
 

@@ -1,0 +1,1 @@
+"""Which update rule a job has, where nobody declares it: inferred from its traffic, or said to be unknown."""

@@ -130,6 +130,10 @@ class Knowledge:
     """The batch's labels."""
     optimizer: str | None = None
     """Optimizer specification, as `harness.models.load_optimizer` reads it: keeps the shadow's weights in step."""
+    optimizer_source: str | None = None
+    """`declared`, or what the traffic says of it: `inferred` or `unknown`."""
+    optimizer_evidence: str | None = None
+    """What speaks for one that is inferred, or why it cannot be told; one line."""
 
     def summary(self) -> dict[str, object]:
         """What a report prints of it: plain numbers and texts."""

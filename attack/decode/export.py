@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,18 @@ _KEY = re.compile(
 )
 
 
-def write_observations(source: Recording | Iterable[Observation], path: str | os.PathLike[str]) -> dict[str, Any]:
+def write_observations(
+    source: Recording | Iterable[Observation],
+    path: str | os.PathLike[str],
+    *,
+    update_rule: Callable[[], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """Writes them all. A safetensors file begins with the sizes of all tensors, so they are held until the end.
+
+    Args:
+        source: observations, or what has them.
+        path: file to write.
+        update_rule: asked at the end what kept the weights in step; plain values, which `read_header` gives back.
 
     Returns:
         Plain values: `observations`, `steps`, `complete`, and over all elements `known_fraction` and `exact_fraction`.
@@ -84,6 +94,7 @@ def write_observations(source: Recording | Iterable[Observation], path: str | os
         "source": label,
         "shapes": shapes.get(None, first),
         "groups": {group: {"shapes": value} for group, value in shapes.items() if group is not None},
+        "update_rule": update_rule(),
         "observations": entries,
     }
     _save(tensors, {"gradtap": json.dumps(document)}, Path(path))
@@ -105,9 +116,7 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
     """
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            document = json.loads((file.metadata() or {}).get("gradtap", "null"))
-            if not isinstance(document, dict) or document.get("version") != FORMAT:
-                raise DecodeError(f"{path}: wanted observations of format {FORMAT}; was it written by gradtap decode?")
+            document = _document(path, file.metadata())
             names = set(file.keys())
             if strange := [name for name in names if not _KEY.fullmatch(name)]:
                 raise DecodeError(f"{path}: no observation has a tensor {strange[0]!r:.80}")
@@ -130,6 +139,24 @@ def read_observations(path: str | os.PathLike[str]) -> Iterator[Observation]:
         raise DecodeError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DecodeError(f"{path}: not a file of observations, or a damaged one: {error!r:.200}") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a file that `write_observations` wrote. Raises: DecodeError, in one line."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            return _document(path, file.metadata())
+    except OSError as error:
+        raise DecodeError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError) as error:
+        raise DecodeError(f"{path}: not a file of observations, or a damaged one: {error!r:.200}") from None
+
+
+def _document(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> dict[str, Any]:
+    document = json.loads((metadata or {}).get("gradtap", "null"))
+    if not isinstance(document, dict) or document.get("version") != FORMAT:
+        raise DecodeError(f"{path}: wanted observations of format {FORMAT}; was it written by gradtap decode?")
+    return document
 
 
 def _names(group: str | None, step: int, rank: int) -> tuple[str, str]:

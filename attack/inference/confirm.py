@@ -31,15 +31,15 @@ class Confirmation:
         """Steps so far at which none does: their observations come without weights."""
 
     def __iter__(self) -> Iterator[Observation]:
-        layer: Layer | None = None
-        began = False
+        layers: dict[str | None, Layer | None] = {}
         for step in by_step(self._observations):
-            weights = step[0].weights
-            if weights is None or not began:
-                began = began or weights is not None
-                layer = layer or _last_layer(step)
+            group = step[0].group
+            if step[0].weights is None:
                 yield from step
-            elif layer is not None and any(_fits(seen, layer) for seen in step[:MAX_WITNESSES]):
+            elif group not in layers:
+                layers[group] = _last_layer(step)
+                yield from step
+            elif (layer := layers[group]) is not None and any(_fits(seen, layer) for seen in step[:MAX_WITNESSES]):
                 self.confirmed += 1
                 yield from step
             else:

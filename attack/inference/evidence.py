@@ -16,7 +16,8 @@ MAX_STEPS = 8
 MAX_WITNESSES = 4
 """Ranks of a step that are asked."""
 MAX_LAYERS = 4
-"""Matrices with a bias that may be the last layer, from the last on: not every model registers it last."""
+"""Matrices with a bias that may be the last layer, from the last on: not every model registers it last. All but the
+very last are tried with batches of one alone, as it takes long to find that several examples are not there."""
 
 
 class NoEvidence(ValueError):
@@ -24,7 +25,7 @@ class NoEvidence(ValueError):
 
 
 def collect(observations: Iterable[Observation], context: Context) -> Evidence:
-    """Reads the first steps, and no further. Raises: NoEvidence."""
+    """Reads the first steps of the first process group, and no further. Raises: NoEvidence."""
     steps = by_step(observations)
     first = next((step for step in steps if step[0].weights is not None), None)
     if first is None:
@@ -32,6 +33,8 @@ def collect(observations: Iterable[Observation], context: Context) -> Evidence:
     evidence = _begin(first, context)
     expected = first[0].step
     for step in itertools.chain([first], steps):
+        if step[0].group != first[0].group:
+            continue
         cut = [evidence.layer.cut(seen) for seen in step]
         if step[0].step != expected:
             break
@@ -50,8 +53,8 @@ def collect(observations: Iterable[Observation], context: Context) -> Evidence:
 
 
 def by_step(observations: Iterable[Observation]) -> Iterator[list[Observation]]:
-    """Those of one step together, as a recording yields them."""
-    for _, step in itertools.groupby(observations, key=lambda seen: seen.step):
+    """Those of one step of one process group together, as a recording yields them."""
+    for _, step in itertools.groupby(observations, key=lambda seen: (seen.group, seen.step)):
         yield list(step)
 
 
@@ -59,7 +62,7 @@ def _begin(step: list[Observation], context: Context) -> Evidence:
     """The layer that explains the first step's gradients at the weights that were seen."""
     weights, reasons = step[0].weights, []
     assert weights is not None
-    for layer in itertools.islice(linear_layers(step[0].shapes), MAX_LAYERS):
+    for index, layer in enumerate(itertools.islice(linear_layers(step[0].shapes), MAX_LAYERS)):
         initial = weights[layer.start : layer.stop].clone()
         public = layer.matrix(initial.double())
         heard = []
@@ -68,6 +71,8 @@ def _begin(step: list[Observation], context: Context) -> Evidence:
                 one = Witness(seen, layer)
             except Mute as mute:
                 reasons.append(str(mute))
+                continue
+            if index and one.batch > 1:
                 continue
             if not one.hear(public, context):
                 reasons.append(f"the {one.batch} examples of rank {seen.rank} cannot be told apart")

@@ -25,6 +25,8 @@ LIMIT = 4.0
 ITERATIONS = 25
 MOST_LENGTHS = 2
 """First steps that are tried where a batch's examples suggest several."""
+NEARLY = 1e-2
+"""How far the length of an update may be off before its witnesses are asked."""
 SAME = 1e-6
 """Relative distance up to which two directions are one."""
 DIFFERENCE = 1e-4
@@ -143,23 +145,35 @@ def _fit_from(variant: Variant, values: dict[str, float], evidence: Evidence, co
     residuals: list[float] = []
     errors: Values | None = None
     for last in range(1, evidence.depth):
-        if hear:
-            _hear(variant, values, evidence, context, last)
-        if not any(one.heard for one in evidence.witnesses[last]):
-            continue
-        values, residuals, errors = _descend(variant, values, evidence, last + 1)
-        if max(residuals) > LIMIT:
+        asked = evidence.witnesses[last]
+        if hear and not all(one.heard for one in asked):
+            values = _hear(variant, values, evidence, context, last)
+        if asked and not any(one.heard for one in asked):
+            break
+        if asked:
+            values, residuals, errors = _descend(variant, values, evidence, last + 1)
+        if max(residuals, default=0.0) > LIMIT:
             break
         steps = last + 1
     return Fit(variant=variant, values=values, residuals=tuple(residuals), steps=steps, errors=errors)
 
 
-def _hear(variant: Variant, values: Values, evidence: Evidence, context: Context, step: int) -> None:
+def _hear(
+    variant: Variant, values: dict[str, float], evidence: Evidence, context: Context, step: int
+) -> dict[str, float]:
+    """Asks the witnesses of a step, if the last update, as the rule has it, is one that their examples agree on: to
+    look for examples that are not there takes long. Returns the values, the momentum read from what they agree on."""
     waiting = [one for one in evidence.witnesses[step] if not one.heard]
-    if waiting:
-        rolled = evidence.roll(variant.spec(values), step + 1)[step]
+    if step == 2 and "momentum" in variant.free and variant.optimizer == "sgd" and not variant.fixed:
+        none, full = ({**values, "momentum": momentum} for momentum in (1e-6, 1 - 1e-6))
+        base, end = (evidence.roll(variant.spec(one), step + 1)[step] for one in (none, full))
+        found = [s for s in waiting[0].scales(base, end - base, context) if s < 1]
+        values = {**values, "momentum": found[0]} if found else values
+    before, after = evidence.roll(variant.spec(values), step + 1)[-2:]
+    if any(abs(s - 1) < NEARLY for s in waiting[0].scales(before, after - before, context)):
         for one in waiting:
-            one.hear(rolled, context)
+            one.hear(after, context)
+    return values
 
 
 def _descend(

@@ -95,12 +95,6 @@ def infer_optimizer(observations: Iterable[Observation], *, seed: int = 0, deadl
     fits = _fit_all(evidence, context)
     if not context.seconds_left:
         return Inference(verdict=Verdict.UNKNOWN, reason=f"not found out within {deadline_s:g} s")
-    checks = evidence.heard(evidence.depth)
-    if not checks:
-        return Inference(
-            verdict=Verdict.UNKNOWN,
-            reason="no rule that was tried leads to weights at which the second step's batches can be told apart",
-        )
     explain = [one for one in fits if _explains(one, evidence)]
     others = [one for one in fits if not _explains(one, evidence)]
     runner_up = max(others, key=lambda one: (one.steps, -one.worst), default=None)
@@ -122,21 +116,20 @@ def _stands_still(evidence: Evidence, context: Context) -> bool:
 
 
 def _fit_all(evidence: Evidence, context: Context) -> list[Fit]:
-    """Every variant's best. A batch that one of them makes understood is a check for all, so they are fitted again."""
-    while True:
-        before = len(evidence.heard(evidence.depth))
-        fits: list[Fit] = []
-        for variant in VARIANTS:
-            listening = not any(_explains(one, evidence) and one.steps > 2 for one in fits)
-            found = fit(variant, evidence, context, hear=listening)
-            if found is not None:
-                fits.append(found)
-        if len(evidence.heard(evidence.depth)) == before or not context.seconds_left:
-            return fits
+    """Every variant's best, but of those that contain one that explains all: they do too."""
+    fits: list[Fit] = []
+    for variant in VARIANTS:
+        explain = [one for one in fits if _explains(one, evidence)]
+        if not any(variant.contains(one.variant) for one in explain):
+            found = fit(variant, evidence, context, hear=not explain)
+            fits += [] if found is None else [found]
+        if not context.seconds_left:
+            break
+    return fits
 
 
 def _explains(one: Fit, evidence: Evidence) -> bool:
-    return one.worst <= LIMIT and len(one.residuals) == len(evidence.heard(evidence.depth)) > 0
+    return one.worst <= LIMIT and one.steps == evidence.depth
 
 
 def _merit(one: Fit) -> tuple[int, float]:
@@ -146,11 +139,7 @@ def _merit(one: Fit) -> tuple[int, float]:
 def _conclude(explain: list[Fit], runner_up: Fit | None, evidence: Evidence, context: Context) -> Inference:
     best = explain[0]
     spec, is_round = _round(best, evidence)
-    as_good = [
-        one.spec
-        for one in explain[1:]
-        if not one.variant.contains(best.variant) and one.total <= DIFFERENT * best.total
-    ]
+    as_good = [one.spec for one in explain[1:] if one.total <= DIFFERENT * best.total]
     for probe in PROBES.get(best.variant.optimizer, ()):
         if probe.partition("=")[0].replace("betas", "beta1") in best.variant.free:
             continue
@@ -178,7 +167,7 @@ def _conclude(explain: list[Fit], runner_up: Fit | None, evidence: Evidence, con
         checks=len(checks),
         steps=steps,
         equations=sum(one.equations for _, one in checks),
-        residual=max(evidence.residuals(spec, evidence.depth, dtype=torch.float32)),
+        residual=max(evidence.residuals(spec, evidence.depth, dtype=evidence.initial.dtype)),
         errors=errors,
         runner_up=None if runner_up is None else runner_up.spec,
         runner_up_residual=None if runner_up is None else runner_up.worst,
@@ -196,6 +185,6 @@ def _round(best: Fit, evidence: Evidence) -> tuple[str, bool]:
             return best.spec, False
         values[name] = near
     spec = best.variant.spec(values)
-    if max(evidence.residuals(spec, evidence.depth, dtype=torch.float32)) > max(LIMIT / 2, 1.5 * best.worst):
+    if max(evidence.residuals(spec, evidence.depth, dtype=evidence.initial.dtype)) > max(LIMIT / 2, 1.5 * best.worst):
         return best.spec, False
     return spec, True

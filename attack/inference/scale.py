@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-STARTS = 24
+STARTS = 10
 SCALES = (0.3, 1.0, 3.0)
 """Scatter of the starts' features, in units of the first start's size."""
-MOVES = (0.1, 1.0, 4.0, 16.0)
+MOVES = (0.3, 2.0, 12.0)
 """Starts for s, in units of what moves a logit by one."""
 ITERATIONS = 60
 SOLVED = 1e-8

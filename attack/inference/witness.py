@@ -30,8 +30,10 @@ from harness.models import LOSSES
 
 ROUNDING = 2.0**-24
 """Of a float32 operation, relative."""
+NARROW = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Rounding of what is sent in these formats, relative."""
 ITERATIONS = 40
-SETTLED = 1e-9
+SETTLED = 1e-3
 """Relative gain in the squared residual below which features are refined no further."""
 
 
@@ -50,7 +52,9 @@ class Witness:
             raise Mute("the last layer's gradient is not wholly known, or not finite")
         gradient = own.gradient.double()
         self._layer = layer
-        self._flat, self._flat_noise = gradient, element_noise(own, own.known != Known.UNKNOWN, gradient)
+        noise = element_noise(own, own.known != Known.UNKNOWN, gradient)
+        narrow = next((error for name, error in NARROW.items() if (own.defense or "").startswith(name)), 0.0)
+        self._flat, self._flat_noise = gradient, torch.hypot(noise, narrow * gradient.abs())
         self._gradient, self._noise = layer.matrix(gradient), layer.matrix(self._flat_noise)
         left, core, right = torch.linalg.svd(self._gradient, full_matrices=False)
         # Size of a random matrix: about its largest row and its largest column together.

@@ -12,8 +12,7 @@ from typing import Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from attack.decode.export import read_observations
-from attack.decode.recording import Recording
+from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
 from attack.victims import Listener, Plan, VictimProgress, attack_all
@@ -54,7 +53,8 @@ class Attack(Command):
     loss: str = "cross_entropy"
     """The job's loss."""
     optimizer: str | None = None
-    """The job's update rule, e.g. sgd:lr=0.1, if you know it: without it, only the first step's weights are known."""
+    """The job's update rule, e.g. sgd:lr=0.1 (docs/optimizers.md), if you know it. Left out, it is inferred from the
+    traffic; where that cannot be done, only the first step's weights are known."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
     seed: int = 0
@@ -66,6 +66,7 @@ class Attack(Command):
 
     def run(self) -> Result:
         """Decodes, attacks, writes the answer."""
+        source = Source(self.file, optimizer=self.optimizer)
         knowledge = Knowledge(
             model=self.model,
             loss=self.loss,
@@ -73,7 +74,9 @@ class Attack(Command):
             input_range=self.input_range,
             batch_size=self.batch_size,
             labels=self.labels,
-            optimizer=self.optimizer,
+            optimizer=source.rule.optimizer,
+            optimizer_source=source.rule.source.value,
+            optimizer_evidence=source.rule.evidence,
         )
         plan = Plan(
             method=self.method,
@@ -82,13 +85,14 @@ class Attack(Command):
             deadline_s=self.deadline_s,
             processes=self.processes,
         )
-        chosen = self._chosen(observations(self.file, optimizer=self.optimizer))
+        chosen = self._chosen(source.observations())
         with listening() as listener:
             answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
         victims = answer["victims"]
-        return Result(
-            json=answer, text=_text(victims, self.out), ok=any(v["status"] in ("converged", "filled") for v in victims)
-        )
+        text = f"{_text(victims, self.out)}
+{source.text()}"
+        ok = any(victim["status"] in ("converged", "filled") for victim in victims)
+        return Result(json=answer | source.summary(), text=text, ok=ok)
 
     def _input_shape(self) -> tuple[int, ...]:
         if self.input_shape is not None:
@@ -120,14 +124,8 @@ class Attack(Command):
             if last is not None and observation.step >= last:
                 return
             if observation.step >= first and rank in (None, observation.rank):
-                yield observation
-
-
-def observations(file: Path, *, optimizer: str | None) -> Iterable[Observation]:
-    """What a capture, or a file that `decode` wrote, shows."""
-    if file.suffix == ".safetensors":
-        return read_observations(file)
-    return Recording(file, optimizer=optimizer).observations()
+                # An attack has no use for what the other ranks sent too.
+                yield dataclasses.replace(observation, average=None)
 
 
 @contextlib.contextmanager

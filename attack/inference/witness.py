@@ -52,7 +52,8 @@ class Witness:
             raise Mute("the last layer's gradient is not wholly known, or not finite")
         gradient = own.gradient.double()
         self._layer = layer
-        noise = element_noise(own, own.known != Known.UNKNOWN, gradient)
+        self._bound = torch.zeros_like(gradient) if own.bound is None else own.bound.double()
+        noise = element_noise(own, own.known != Known.UNKNOWN, gradient, self._bound)
         narrow = next((error for name, error in NARROW.items() if (own.defense or "").startswith(name)), 0.0)
         self._flat, self._flat_noise = gradient, torch.hypot(noise, narrow * gradient.abs())
         self._gradient, self._noise = layer.matrix(gradient), layer.matrix(self._flat_noise)
@@ -99,6 +100,7 @@ class Witness:
             gradient=self._flat,
             known=torch.ones_like(self._flat),
             noise=self._flat_noise,
+            bound=self._bound,
             shapes=(model.weight.shape, model.bias.shape),
             input_shape=(self._layer.features,),
             input_range=(0.0, 1.0),

@@ -55,7 +55,11 @@ def test_every_picture_of_every_rank_comes_back(
     assert [[rank["complete"] for rank in step["ranks"]] for step in found["steps"]] == [[True] * RANKS] * 2
 
     seen = run / "observations.safetensors"
-    gradtap("decode", run / "wire.pcapng", "--out", seen, "--optimizer", "sgd:lr=0.1")
+    capsys.readouterr()
+    gradtap("decode", run / "wire.pcapng", "--out", seen, "--json")
+    decoded = json.loads(capsys.readouterr().out)
+    assert (decoded["optimizer"], decoded["optimizer_source"]) == ("sgd:lr=0.1", "inferred")
+    assert decoded["inference"]["checks"] >= RANKS and decoded["steps_not_confirmed"] == []
     model = f"{PROJECT / 'examples/ddp_model.py'}:build"
     gradtap("attack", seen, "--model", model, "--input-shape", "3x32x32", "--out", run / "attack")
     answer = safetensors.numpy.load_file(run / "attack/reconstructions.safetensors")

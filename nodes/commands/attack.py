@@ -89,8 +89,7 @@ class Attack(Command):
         with listening() as listener:
             answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
         victims = answer["victims"]
-        text = f"{_text(victims, self.out)}
-{source.text()}"
+        text = f"{_text(victims, self.out)}\n{source.text()}"
         ok = any(victim["status"] in ("converged", "filled") for victim in victims)
         return Result(json=answer | source.summary(), text=text, ok=ok)
 

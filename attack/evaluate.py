@@ -17,7 +17,8 @@ from torch import Tensor
 from attack.answer import ANSWER, TENSORS, read_json, read_tensors, to_plain, victim_name
 from attack.errors import AnswerError
 from attack.files import write_atomically
-from attack.metrics import Score, score
+from attack.metrics import score
+from attack.truth import FOLDER, read_truth
 
 EVALUATION = "evaluation.json"
 KEPT = (
@@ -29,8 +30,12 @@ GOOD_PSNR_DB = 40.0
 """From here on a picture counts as read back; its error is at most 1 % of the range, root mean square."""
 
 
-def evaluate(run: Path) -> dict[str, Any]:
+def evaluate(run: Path, *, truth: Path | None = None) -> dict[str, Any]:
     """Scores the attack of a run against its truth, and writes `RUN/attack/evaluation.json`.
+
+    Args:
+        run: run folder, with `attack/` in it.
+        truth: folder with the truth, as `attack.truth` reads it; None: the run's own.
 
     Returns: what the file holds: `victims[]`, `counts` and `medians`. Metrics of a victim without an answer are None.
 
@@ -42,7 +47,7 @@ def evaluate(run: Path) -> dict[str, Any]:
     tensors = read_tensors(folder / TENSORS, hint=redo)
     try:
         low, high = answer["knowledge"]["input_range"]
-        victims = [_victim(entry, tensors, run / "truth", (low, high)) for entry in answer["victims"]]
+        victims = [_victim(entry, tensors, truth or run / FOLDER, (low, high)) for entry in answer["victims"]]
     except (KeyError, TypeError) as error:
         raise AnswerError(f"{folder / ANSWER}: {error!r} is not as an attack writes it; {redo}") from error
     evaluation: dict[str, Any] = to_plain(
@@ -64,7 +69,11 @@ def _victim(
     kept = {key: entry.get(key) for key in KEPT}
     if f"{name}.inputs" not in tensors:
         return kept | {"psnr_db": None, "mse": None, "ssim": None, "label_ok": None, "examples": None}
-    found = _compare(tensors, name, truth_folder / f"{name}.safetensors", input_range)
+    inputs, labels = read_truth(truth_folder, rank=entry["rank"], step=entry["step"])
+    try:
+        found = score(tensors[f"{name}.inputs"], tensors[f"{name}.labels"], inputs, labels, input_range=input_range)
+    except ValueError as error:
+        raise AnswerError(f"{truth_folder / name}: {error}; is it the truth of this capture?") from error
     return kept | {
         "psnr_db": found.psnr_db,
         "mse": found.mse,
@@ -72,22 +81,6 @@ def _victim(
         "label_ok": found.label_ok,
         "examples": [dataclasses.asdict(example) for example in found.examples],
     }
-
-
-def _compare(tensors: dict[str, Tensor], name: str, path: Path, input_range: tuple[float, float]) -> Score:
-    truth = read_tensors(path, hint="a run of gradtap lab writes it; a capture from elsewhere has no truth to compare")
-    try:
-        return score(
-            tensors[f"{name}.inputs"],
-            tensors[f"{name}.labels"],
-            truth["inputs"].float(),
-            truth["labels"],
-            input_range=input_range,
-        )
-    except KeyError as error:
-        raise AnswerError(f"{path}: tensor {error} is missing; it holds: {', '.join(sorted(truth))}") from error
-    except ValueError as error:
-        raise AnswerError(f"{path}: {error}; is it the truth of this capture?") from error
 
 
 def _summary(victims: list[dict[str, Any]]) -> dict[str, Any]:

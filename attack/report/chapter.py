@@ -16,6 +16,7 @@ from attack.answer import ANSWER, TENSORS, read_json, read_tensors, victim_name
 from attack.evaluate import EVALUATION
 from attack.report.pictures import animation, still
 from attack.report.plot import Plot, plot
+from attack.truth import FOLDER, read_truth
 
 MAX_EXAMPLES = 16
 """Pictures shown of one batch: beyond it the page would grow by megabytes."""
@@ -42,6 +43,8 @@ class Chapter:
     title: str
     run: Path
     """Run folder: `attack/` with its evaluation; `truth/`, `lab.json`, `config.json` where they are there."""
+    truth: Path | None = None
+    """Folder with the truth that the evaluation was made with; None: the run's own."""
     inspect: dict[str, Any] | None = None
     """What `gradtap inspect --json` printed of the capture."""
 
@@ -106,7 +109,9 @@ def view(chapter: Chapter) -> View:
     low, high = answer["knowledge"]["input_range"]
     entries = {(entry["rank"], entry["step"]): entry for entry in answer["victims"]}
     victims = tuple(
-        _victim(entries[scored["rank"], scored["step"]], scored, tensors, chapter.run / "truth", (low, high))
+        _victim(
+            entries[scored["rank"], scored["step"]], scored, tensors, chapter.truth or chapter.run / FOLDER, (low, high)
+        )
         for scored in evaluation["victims"]
     )
     config = _optional(chapter.run / "config.json")
@@ -136,14 +141,14 @@ def _victim(
     examples: list[Example] = []
     scores = scored["examples"] or []
     if scores:
-        truth = read_tensors(truth_folder / f"{name}.safetensors", hint="it was there when the attack was evaluated")
+        originals, _ = read_truth(truth_folder, rank=entry["rank"], step=entry["step"])
         for index, example in enumerate(scores[:MAX_EXAMPLES]):
             frames = tensors.get(f"{name}.frames")
             examples.append(
                 Example(
                     caption=f"step {entry['step']}, rank {entry['rank']}"
                     + (f", example {index + 1} of {len(scores)}" if len(scores) > 1 else ""),
-                    original=still(truth["inputs"][example["true_index"]], input_range),
+                    original=still(originals[example["true_index"]], input_range),
                     found=still(tensors[f"{name}.inputs"][index], input_range),
                     film=None if frames is None else animation(list(frames[:, index]), input_range),
                     psnr_db=example["psnr_db"],

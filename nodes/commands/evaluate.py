@@ -22,21 +22,24 @@ class Evaluate(Command):
     """Opens the truth beside an attack that has written its answer, adds metrics, and writes the report."""
 
     run_folder: tyro.conf.Positional[Path]
-    """Run folder, with attack/ and truth/ in it."""
+    """Run folder, with attack/ in it."""
+    truth: Path | None = None
+    """Folder where the job left its batches: step{S}.rank{R}.npz or .safetensors with inputs and labels. Left out:
+    RUN/truth."""
 
     def run(self) -> Result:
-        """Scores RUN/attack with RUN/truth; writes RUN/attack/evaluation.json and RUN/report/index.html."""
-        found, chapter = score(self.run_folder, title=self.run_folder.name)
+        """Scores RUN/attack with the truth; writes RUN/attack/evaluation.json and RUN/report/index.html."""
+        found, chapter = score(self.run_folder, title=self.run_folder.name, truth=self.truth)
         report = write_report([chapter], self.run_folder / "report")
         return Result(json={"report": str(report), **found}, text=f"{victims_table(found['victims'])}\n{report}")
 
 
-def score(run: Path, *, title: str) -> tuple[dict[str, Any], Chapter]:
+def score(run: Path, *, title: str, truth: Path | None = None) -> tuple[dict[str, Any], Chapter]:
     """The evaluation of a run, and its chapter of the report."""
-    found = evaluate(run)
+    found = evaluate(run, truth=truth)
     capture = run / CAPTURE_NAME
     inspected = Recording(capture).inspect() if capture.exists() else None
-    return found, Chapter(title=title, run=run, inspect=inspected)
+    return found, Chapter(title=title, run=run, truth=truth, inspect=inspected)
 
 
 def victims_table(victims: Sequence[dict[str, Any]], *, title: str | None = None) -> str:

@@ -68,3 +68,8 @@ def test_every_picture_of_every_rank_comes_back(
         assert psnr_db(answer[f"{truth.stem}.inputs"], batch["inputs"]) >= 40, truth.stem
         assert answer[f"{truth.stem}.labels"].tolist() == batch["labels"].tolist(), truth.stem
     assert len(list(saved.iterdir())) == 2 * RANKS
+
+    capsys.readouterr()
+    gradtap("evaluate", run, "--truth", saved, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["counts"]["read_back"] == 2 * RANKS and Path(found["report"]).exists()

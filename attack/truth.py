@@ -1,0 +1,51 @@
+"""The truth of one rank at one step, as the job left it; for an evaluation and its report alone, never for an attack.
+
+    DIR/step{S}.rank{R}.safetensors   or .npz, as numpy.savez writes it: steps and ranks count from 0
+        inputs                        any float or integer dtype, shape (batch, ...): what the model was given
+        labels                        integers, shape (batch,)
+
+Any script can write one; more in a file is passed over.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attack.answer import read_tensors, victim_name
+from attack.errors import AnswerError
+
+FOLDER = "truth"
+"""In a run folder, where a job of this project leaves it."""
+
+
+def read_truth(folder: Path, *, rank: int, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs, float32, shape (batch, ...), and labels, int64, shape (batch,).
+
+    Raises: AnswerError: the file is missing or damaged, or one of the two is not in it.
+    """
+    path = folder / f"{victim_name(rank, step)}.safetensors"
+    hint = "name the folder where the job left its batches with --truth DIR"
+    if not path.exists() and path.with_suffix(".npz").exists():
+        path = path.with_suffix(".npz")
+        found = _read_npz(path, hint=hint)
+    else:
+        found = read_tensors(path, hint=f"nor .npz; {hint}" if not path.exists() else hint)
+    missing = [name for name in ("inputs", "labels") if name not in found]
+    if missing:
+        raise AnswerError(
+            f"{path}: tensor {missing[0]!r} is missing; it holds: {', '.join(sorted(found)) or 'nothing'}"
+        )
+    return found["inputs"].float(), found["labels"].long()
+
+
+def _read_npz(path: Path, *, hint: str) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(np.asarray(file[name])) for name in file if name in ("inputs", "labels")}
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise AnswerError(f"{path}: damaged, or not as numpy.savez writes it ({error}); {hint}") from error

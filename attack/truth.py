@@ -45,7 +45,7 @@ def read_truth(folder: Path, *, rank: int, step: int) -> tuple[Tensor, Tensor]:
 
 def _read_npz(path: Path, *, hint: str) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: torch.from_numpy(np.asarray(file[name])) for name in file if name in ("inputs", "labels")}
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise AnswerError(f"{path}: damaged, or not as numpy.savez writes it ({error}); {hint}") from error

@@ -36,5 +36,5 @@ def test_what_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "step0.rank2.npz").write_bytes(b"PK\x03\x04 no archive")
     (tmp_path / "step0.rank3.npz").write_bytes(b"")
     for rank in (1, 2, 3):
-        with pytest.raises(AnswerError, match="damaged, or not as numpy.savez writes it"):
+        with pytest.raises(AnswerError, match=r"damaged, or not as numpy\.savez writes it"):
             read_truth(tmp_path, rank=rank, step=0)

@@ -29,11 +29,12 @@ from attack.engine.pooling import read
 from attack.engine.priors import total_variation
 from attack.engine.target import Target
 
-START_ITERATIONS = 300
+START_ITERATIONS = (300, 1200)
+"""Of the first start, and of the second, made where the first came to nothing. After 1000, the first annealing's
+picture is 2 to 4 dB better than after 300, at three times the cost of the start."""
 VARIATION = 1e-2
 ROUNDS = 12
-"""Annealings from one start. Of ten, most pictures are found after five to eight."""
-RESTARTS = 1
+"""Annealings from one start."""
 AFAR = 1e-2
 """How far from the answer it is solved for again, in units of the input range."""
 PROVEN = 10.0
@@ -52,10 +53,10 @@ def patterns(target: Target, context: Context) -> Answer:
         return Answer(inputs=None, labels=None, reason=str(error))
     film, rounds, restart = Film(), 0, 0
     best, least = None, float("inf")
-    for restart in range(RESTARTS + 1):
+    for restart, iterations in enumerate(START_ITERATIONS):
         if restart and not context.seconds_left:
             break
-        state = Patterns(net, _start(target, label, context), target.input_range, context)
+        state = Patterns(net, _start(target, label, context, iterations), target.input_range, context)
         for _ in range(ROUNDS):
             if not context.seconds_left:
                 break
@@ -82,7 +83,7 @@ def patterns(target: Target, context: Context) -> Answer:
     return Answer(inputs=best, labels=label, film=film, evaluations=rounds, restarts=restart, reason=reason)
 
 
-def _start(target: Target, label: Tensor, context: Context) -> Tensor:
+def _start(target: Target, label: Tensor, context: Context, iterations: int) -> Tensor:
     """A short run of Inverting Gradients, float64, shape (channels, height, width)."""
     low, high = box = target.input_range
     match = Match(target, torch.float32)
@@ -93,7 +94,7 @@ def _start(target: Target, label: Tensor, context: Context) -> Tensor:
     draws = torch.randn((1, 1, *target.input_shape), generator=context.generator, dtype=torch.float64)
     found = draws.to(match.observed) * (high - low) + low
     rate = RATE * (high - low)
-    for _, variables, _ in descend(found, cost, context, iterations=START_ITERATIONS, rate=rate, box=box):
+    for _, variables, _ in descend(found, cost, context, iterations=iterations, rate=rate, box=box):
         found = variables.detach()
     return found[0, 0].double()
 

@@ -61,6 +61,15 @@ def test_bench_labels_counts_them_beside_the_truth(capsys):
     assert whole["likeliest_right"] >= 22 and whole["exact_right"] >= 18 and whole["exact_wrong"] == 0
 
 
+def test_bench_patterns_scores_only_what_converged(capsys):
+    arguments = ["--data", "mnist", "--seeds", "2", "--method", "rgap", "--iterations", "3"]
+    assert main(["bench", "patterns", *arguments, "--json"]) == 0
+    summary, *rows = json.loads(capsys.readouterr().out)["cases"]
+    assert summary["cases"] == len(rows) == 2 and summary["converged"] == summary["above_reference"] == 0
+    for row in rows:  # rgap has no way through max pooling, and says so
+        assert row["psnr_db"] is None and "MaxPool2d" in row["reason"] and row["reference_psnr_db"] > 0
+
+
 def test_bench_batches_scores_whole_batches(capsys):
     arguments = ["--models", "mlp:hidden=100/6", "lenet/2", "--data", "faces", "--seeds", "1"]
     assert main(["bench", "batches", *arguments, "--json"]) == 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from attack.algorithms.base import Answer
 from attack.engine.context import Context
 from attack.engine.labels import NoLabel, read_labels
+from attack.engine.match import Matches
 from attack.engine.search import search
 from attack.engine.target import Target
 
@@ -27,12 +28,15 @@ def idlg(target: Target, context: Context) -> Answer:
     except NoLabel as error:
         return Answer(inputs=None, labels=None, reason=str(error))
 
+    matches = Matches(target)
+
     def start() -> list[Tensor]:
         shape = (target.batch_size, *target.input_shape)
         return [torch.randn(shape, generator=context.generator, dtype=torch.float64).to(target.device)]
 
     def mismatch(variables: list[Tensor]) -> Tensor:
-        return target.mismatch(variables[0], labels, differentiable=True)
+        (inputs,) = variables
+        return matches[inputs.dtype].mismatch(inputs, labels.expand(len(inputs), -1))
 
     found = search(target, context, method="idlg", start=start, mismatch=mismatch)
     return Answer(

@@ -35,6 +35,10 @@ class Match:
         # Measured on one core: float32 on a LeNet 1.5 ms each instead of 3.6, float64 and wider nets no gain or a loss.
         self._together = (dtype == torch.float32 and target.device.type != "cpu") or target.known.numel() < 100_000
 
+    def mismatch(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """`gradients` less the observed one."""
+        return self.gradients(inputs, labels) - self.observed
+
     def gradients(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Shape (searches, parameters); 0 where unknown.
 
@@ -60,3 +64,16 @@ class Match:
         loss = self._loss(self._model(inputs), labels)
         gradients = torch.autograd.grad(loss, list(self._model.parameters()), create_graph=True)
         return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+class Matches:
+    """A target's matches by precision, each made when it is asked for."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._made: dict[torch.dtype, Match] = {}
+
+    def __getitem__(self, dtype: torch.dtype) -> Match:
+        if dtype not in self._made:
+            self._made[dtype] = Match(self._target, dtype)
+        return self._made[dtype]

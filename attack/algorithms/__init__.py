@@ -4,6 +4,7 @@ from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
+from attack.algorithms.gradinversion import gradinversion
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.patterns import patterns
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "idlg": idlg,
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,
+    "gradinversion": gradinversion,
 }
 
 __all__ = ["METHODS", "Answer", "Method", "Reconstruction", "Status"]

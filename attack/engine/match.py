@@ -26,8 +26,9 @@ class Match:
 
     def __init__(self, target: Target, dtype: torch.dtype = torch.float64) -> None:
         self._loss = target.loss
-        self._model = target.model if dtype == torch.float64 else copy.deepcopy(target.model).to(dtype)
-        self._parameters = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        self.model = target.model if dtype == torch.float64 else copy.deepcopy(target.model).to(dtype)
+        """The target's, in this precision."""
+        self._parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         self.observed = target.gradient.to(dtype)
         """Shape (parameters,); 0 where unknown."""
         self.known = target.known.to(dtype)
@@ -55,14 +56,14 @@ class Match:
 
     def _functional(self, inputs: Tensor, labels: Tensor) -> Tensor:
         def loss(parameters: dict[str, Tensor]) -> Tensor:
-            return self._loss(functional_call(self._model, parameters, (inputs,)), labels)
+            return self._loss(functional_call(self.model, parameters, (inputs,)), labels)
 
         gradients = grad(loss)(self._parameters)
         return torch.cat([gradients[name].flatten() for name in self._parameters])
 
     def _one(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        loss = self._loss(self._model(inputs), labels)
-        gradients = torch.autograd.grad(loss, list(self._model.parameters()), create_graph=True)
+        loss = self._loss(self.model(inputs), labels)
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()), create_graph=True)
         return torch.cat([gradient.flatten() for gradient in gradients])
 
 

@@ -1,11 +1,12 @@
 """What pictures are like, as penalties: for where the equations leave many inputs open.
 
-Takes inputs, gives a number for each search. Knows no model and no gradient.
+Takes inputs, gives a number for each search. Knows no gradient.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def total_variation(inputs: Tensor) -> Tensor:
@@ -24,3 +25,48 @@ def total_variation(inputs: Tensor) -> Tensor:
     across = (inputs[..., 1:] - inputs[..., :-1]).abs().flatten(1).mean(1)
     down = (inputs[..., 1:, :] - inputs[..., :-1, :]).abs().flatten(1).mean(1)
     return across + down
+
+
+class BatchStatistics:
+    """How far inputs are from giving a model's batch norms their running statistics.
+
+    Reference: Yin et al., DeepInversion, CVPR 2020, arXiv 1912.08795, equation 4.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._norms = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+        ]
+
+    def distance(self, inputs: Tensor) -> Tensor:
+        """Mean over the batch norms of ||mean - running|| + ||variance - running||, each relative to the running ones.
+
+        Args:
+            inputs: shape (searches, batch, channels, height, width).
+
+        Returns: shape (searches,); zeros for a model without batch norms.
+        """
+        if not self._norms:
+            return inputs.new_zeros(len(inputs))
+        return torch.stack([self._one(each) for each in inputs])
+
+    def _one(self, inputs: Tensor) -> Tensor:
+        distances: list[Tensor] = []
+
+        def watch(norm: nn.Module, taken: tuple[Tensor, ...]) -> None:
+            assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+            variance, mean = torch.var_mean(taken[0], dim=(0, 2, 3), correction=0)
+            size = norm.running_var.sum()
+            distances.append((mean - norm.running_mean).square().sum().add(1e-12).sqrt() / size.sqrt())
+            distances.append((variance - norm.running_var).square().sum().add(1e-12).sqrt() / size)
+
+        hooks = [norm.register_forward_pre_hook(watch) for norm in self._norms]
+        try:
+            self._model(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(distances).sum() / len(self._norms)

@@ -34,8 +34,9 @@ class Attack(Command):
     out: Path
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
-    """auto (picks, and says why), dlg, idlg, inverting-gradients, rgap (one example, in closed form), unmix (batches of
-    fully connected nets, exactly) or gauss-newton (batches of convolutional ones)."""
+    """auto (picks, and says why), dlg, idlg, inverting-gradients, gradinversion, rgap (one example, in closed form),
+    patterns (one example through max pooling), unmix (batches of fully connected nets, exactly) or gauss-newton (batches
+    of convolutional ones)."""
     victim: str | None = None
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None

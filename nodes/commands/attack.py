@@ -35,8 +35,8 @@ class Attack(Command):
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
     """auto (picks, and says why), dlg, idlg, inverting-gradients, gradinversion, rgap (one example, in closed form),
-    patterns (one example through max pooling), unmix (batches of fully connected nets, exactly) or gauss-newton (batches
-    of convolutional ones)."""
+    patterns (one example through max pooling), unmix (batches of fully connected nets, exactly) or gauss-newton
+    (batches of convolutional ones)."""
     victim: str | None = None
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None

@@ -13,8 +13,8 @@ import numpy as np
 
 MAX_MESSAGES = 1 << 20
 """Sizes and times that are kept of a direction, 12 bytes each: what comes later is counted only."""
-SMALL_BYTES = 64
-"""Heartbeats and empty messages are smaller, sealed; they do not follow the steps."""
+SMALL_BYTES = 128
+"""Heartbeats, empty messages and Gloo's announcements, 48 bytes, are smaller, sealed; their order varies."""
 MAX_PERIOD = 4096
 """Messages of a step that are looked for: headers and payloads of 512 MiB in chunks of 256 KiB."""
 

@@ -46,5 +46,18 @@ def _text(found: dict[str, Any]) -> str:
     parts.append(
         f"Encrypted: {'yes' if found['encrypted'] else 'no'}. World size: {found['world_size'] or 'not seen'}."
     )
+    parts += [describe_sealed(entry) for entry in found.get("sealed", []) if entry["messages"]]
     parts += [f"- {note}" for note in found.get("notes", [])]
     return "\n".join(parts)
+
+
+def describe_sealed(entry: dict[str, Any]) -> str:
+    """What the sizes and times of one sealed direction still say, in one line."""
+    said = f"{entry['source']} > {entry['destination']}: {entry['mechanism']}, no gradient is decoded; "
+    said += f"{entry['messages']} sealed messages, {entry['bytes']} bytes"
+    if (estimate := entry["estimate"]) is None:
+        return f"{said}; their sizes do not repeat."
+    return (
+        f"{said}. Their sizes repeat, {estimate['steps']} times {estimate['bytes_per_step']} bytes, once in "
+        f"{estimate['step_seconds']:.3g} s: a step, or one of its equal parts."
+    )

@@ -303,6 +303,8 @@ class Job:
         assert self.plan is not None
         finder = Finder(self._network, self.plan, lambda tag: end or self._closed(tag))
         for tag in range(self._tag, min(self._network.newest, self._tag + MAX_SKIPPED) + 1):
+            if tag > self._tag and any(link.floor < len(link.losses) for link in self._network.ring().values()):
+                break  # what does not fit may be the first step with a loss, and what fits behind it the second
             found = finder.flat(tag) if self.plan.flat else finder.model(tag, next_one=tag == self._tag)
             mixed = not found and not self.plan.flat and tag == self._tag
             if found or (mixed and (found := finder.mixed(tag))):

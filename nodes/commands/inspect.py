@@ -31,14 +31,25 @@ def _text(found: dict[str, Any]) -> str:
         [flow["source"], flow["destination"], flow["protocol"], flow["bytes"], len(flow.get("gaps", []))]
         for flow in found["flows"]
     ]
+    said = [
+        [group["group"] or "all ranks", ", ".join(map(str, group["ranks"] or ())) or "not known", one["kind"], *numbers]
+        for group in found.get("groups", [])
+        for one in group["collectives"]
+        for numbers in [[one["count"], one["messages"], one["bytes"]]]
+    ]
     steps = [
-        [step["step"], rank["rank"], rank["complete"], f"{100 * rank['known_fraction']:.4g} %"]
+        [rank.get("group", ""), step["step"], rank["rank"], rank["complete"], f"{100 * rank['known_fraction']:.4g} %"]
         for step in found["steps"]
         for rank in step["ranks"]
     ]
     parts = [table(["from", "to", "protocol", "bytes", "holes"], flows, title="Connections")]
+    if said:
+        parts.append(table(["group", "ranks", "collective", "times", "messages", "bytes"], said, title="Collectives"))
     if steps:
-        parts.append(table(["step", "rank", "complete", "known"], steps, title="Gradients"))
+        headings = ["group", "step", "rank", "complete", "known"]
+        if not any(row[0] for row in steps):
+            headings, steps = headings[1:], [row[1:] for row in steps]
+        parts.append(table(headings, steps, title="Gradients"))
     parameters = found.get("parameters") or {}
     if parameters.get("count"):
         shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in parameters["shapes"])

@@ -244,7 +244,7 @@ class Job:
     def _read_factors(self, bucket: Bucket) -> bool:
         """Whether the next two or three sums are what PowerSGD makes of a step's one bucket: then they are read.
 
-        With several buckets the hook waits in Gloo's two threads for what they themselves must do, and never ends.
+        With several buckets the hook hung when it was tried: it waits, in one of Gloo's two threads, for other sums.
         """
         assert self.plan is not None and self.plan.shapes is not None and self._network.world is not None
         links, world, fmt = self._network.ring(), self._network.world, bucket.format

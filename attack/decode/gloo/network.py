@@ -10,7 +10,7 @@ import dataclasses
 from typing import NamedTuple
 
 from attack.capture.streams import Flow
-from attack.decode.directory import Directory
+from attack.decode.directory import DEFAULT, Directory
 from attack.decode.gloo.framing import Fragments, Message
 from attack.decode.gloo.head import HEAD_BYTES, Kind, Slot
 from attack.decode.gloo.seats import Connection, seat
@@ -307,6 +307,8 @@ class Network:
         proven = {flow: rank for flow, rank in self._hints.items() if flow in self.links and self.links[flow].proven}
         greetings = {**proven, **self._greetings}
         listeners, world = self._by_directory(greetings)
+        if world is None and any(group.label != DEFAULT for group in self._directory.groups()):
+            return  # who greet each other may be another of the job's groups, which the store was not heard to name
         if world is None:
             named, world = self._by_greetings(greetings)
             listeners = {**named}

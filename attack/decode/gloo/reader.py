@@ -105,7 +105,9 @@ class GlooReader(ProtocolReader):
             self.notes.add(f"Gloo: {len(self._joined)} streams were joined in the middle")
         if self._everyone.network.world is None:
             self.notes.add("Gloo: neither a rendezvous store nor the connections' greetings say which rank is which")
-        elif not any(group.job.plan for group in self._groups.values()):
+        elif all(group.label != DEFAULT for group in self.directory.groups()):
+            self.notes.add("Gloo: no rendezvous store names all ranks: those who greet each other are taken for them")
+        if self._everyone.network.world is not None and not any(group.job.plan for group in self._groups.values()):
             self.notes.add("Gloo: not seen how the job began, so its shapes are unknown: no gradient can be placed")
 
     @property

@@ -11,7 +11,7 @@ from attack.decode.directory import Directory
 from attack.decode.recording import Recording
 from tests.attack.decode.gloo.conftest import MANY, Many
 from tests.attack.decode.gloo.recordings import check, observe
-from tests.attack.decode.gloo.test_recordings import hole, with_holes
+from tests.attack.decode.gloo.test_recordings import cut, hole, with_holes
 
 
 @pytest.mark.lab
@@ -40,6 +40,12 @@ def test_groups_are_told_apart_and_all_that_they_say_is_counted(many: Many) -> N
 def test_what_is_known_of_many_groups_and_number_types_is_right_whatever_was_missed(many: Many, share: float) -> None:
     for seed in range(5):
         check(many.truth, observe(list(with_holes(many.events, share=share, seed=seed)))[0])
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(("start", "stop"), [(0.0, 0.5), (0.0, 0.9), (0.3, 1.0)])
+def test_of_many_groups_a_part_of_the_capture_says_nothing_wrong(many: Many, start: float, stop: float) -> None:
+    check(many.truth, observe(list(cut(many.events, start, stop)))[0])
 
 
 @pytest.mark.lab

@@ -31,7 +31,10 @@ from attack.engine.walk import OutOfTime
 CONFIDENCE = 0.998
 """Of the true error being below `predicted_mse`, as far as the replays tell: two in a thousand are left for luck, the
 rest of the promised one in a hundred for what replays do not know."""
-REPLAYS, MAX_REPLAYS = 6, 16
+REPLAYS, MAX_REPLAYS = 10, 24
+MARGIN = 1.3
+"""Factor for what replays do not know: that errors of rounding are spread evenly within their bounds, and that the
+rank's arithmetic is this machine's."""
 REPLAYS_WITH_BELIEF = 2
 """Where a belief says which directions share the errors, replays need only say how large these are."""
 ENOUGH = 6.0
@@ -113,7 +116,7 @@ def _by_replays(target: Target, answer: Answer, context: Context) -> float:
             freedom = min(freedom, _freedom(answer.belief.samples - answer.belief.mean))
         quantile = float(scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * len(errors)))
     off = target.residual(inputs, answer.labels) / max(residuals)
-    return quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
+    return MARGIN * quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
 
 
 def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context: Context) -> Tensor:

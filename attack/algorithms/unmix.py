@@ -32,6 +32,8 @@ def unmix(target: Target, context: Context) -> Answer:
         check_connected(links)
         features = read_batch(target, context)
         inputs = unmix_layers(target, links, features)
+        # Now that the sides of kinked units are known, no row needs to be left out.
+        inputs = unmix_layers(target, links, features, near=inputs)
     except (NoFeatures, NoChain) as error:
         if examples == 1 == target.batch_size:  # the walk back does with less
             return rgap(target, context)

@@ -16,6 +16,8 @@ from attack.reconstruct import reconstruct
 from nodes.benchmarks.subjects import Subject, stage
 from tests.attack.toys import example, observe, told
 
+FLOAT32_RESOLUTION = 2.0**-50
+
 
 @pytest.mark.parametrize("observed", ["raw", "differenced", "holes", "float16"])
 @pytest.mark.parametrize(
@@ -33,9 +35,11 @@ def test_it_holds_and_is_not_far_off(model: str, batch_size: int, observed: str)
             continue
         assert found.inputs is not None and found.predicted_mse is not None
         apart = (found.inputs.flatten(1)[:, None] - truth.inputs.flatten(1)).double().square().mean(-1)
-        ratios.append(found.predicted_mse / max(float(apart.min(1).values.mean()), 1e-18))
+        true = float(apart.min(1).values.mean())
+        assert found.predicted_mse >= true
+        # Below half a unit in float32's last place, squared, rounding makes most of the answer equal to the truth.
+        ratios.append(found.predicted_mse / max(true, FLOAT32_RESOLUTION))
     assert ratios
-    assert all(ratio >= 1 for ratio in ratios)
     assert min(ratios) < 100
 
 

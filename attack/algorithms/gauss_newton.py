@@ -44,7 +44,7 @@ LAGGING = 10.0
 MATCHED = 0.3
 """Part of the tolerance of the whole match at which Gauss-Newton may end."""
 OPEN = 1e-3
-"""Share of the directions that the prior may decide in an answer that counts as determined."""
+"""Share of a pixel's variance before anything is seen that may be left open in an answer that counts as determined."""
 
 
 def gauss_newton(target: Target, context: Context) -> Answer:
@@ -99,7 +99,7 @@ def gauss_newton(target: Target, context: Context) -> Answer:
         iterations=2 * settings.iterations,
         inflation=LOOSE if short else 1.0,
     )
-    filled = short or left.open_directions > OPEN * counted.unknowns
+    filled = short or left.variance > OPEN * (high - low) ** 2 / 12
     return Answer(
         inputs=solution.inputs,
         labels=labels,

@@ -64,8 +64,8 @@ class ProtocolReader(abc.ABC):
         self.notes.add(f"flow {flow}, byte {start}: {stop - start} bytes were captured twice, and differ")
 
     @abc.abstractmethod
-    def close(self, flow: Flow) -> None:
-        """A stream ends."""
+    def close(self, flow: Flow, *, finished: bool) -> None:
+        """A stream ends. `finished`: its sender said so; else it may have gone on, unseen."""
 
     def recognizes(self, flow: Flow) -> bool:
         """Whether a stream does speak this protocol, as far as it has been read."""

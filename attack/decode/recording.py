@@ -194,8 +194,8 @@ class Desk:
                 self._gap(self._streams[flow], time, offset, length)
             case Conflict(flow=flow, offset=offset, length=length):
                 self._doubt(self._streams[flow], offset, offset + length)
-            case Closed(flow=flow, time=time):
-                self._close(self._streams[flow], time)
+            case Closed(flow=flow, time=time, how=how):
+                self._close(self._streams[flow], time, finished=how in ("fin", "reset"))
 
     def _figures(self, stream: _Stream) -> dict[str, Any]:
         return {
@@ -227,7 +227,7 @@ class Desk:
             others = [reader for reader in stream.readers if not reader.recognizes(stream.flow)]
             stream.readers = [reader for reader in stream.readers if reader not in others]
             for reader in others:
-                reader.close(stream.flow)
+                reader.close(stream.flow, finished=False)
 
     def _gap(self, stream: _Stream, time: float, offset: int, length: int) -> None:
         stream.last_time = time
@@ -251,10 +251,10 @@ class Desk:
         for reader in stream.readers:
             reader.doubt(stream.flow, start, stop)
 
-    def _close(self, stream: _Stream, time: float) -> None:
+    def _close(self, stream: _Stream, time: float, *, finished: bool) -> None:
         stream.last_time = time
         for reader in stream.readers:
-            reader.close(stream.flow)
+            reader.close(stream.flow, finished=finished)
 
     def _recognize(self, stream: _Stream) -> bool:
         """Asks who speaks like this. False where more bytes must tell."""

@@ -285,7 +285,7 @@ class TcpStoreReader(ProtocolReader):
         self._doubted.add(flow)
         self._give_up(flow)
 
-    def close(self, flow: Flow) -> None:
+    def close(self, flow: Flow, *, finished: bool) -> None:
         """Forgets a client, whose answers may still be on their way, or a server's answers."""
         self._heads.pop(flow, None)
         self._searches.pop(flow, None)

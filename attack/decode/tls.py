@@ -87,7 +87,7 @@ class TlsReader(ProtocolReader):
         """A hole inside a record changes nothing; one that covers a head ends the counting."""
         self._records[flow].gap(length)
 
-    def close(self, flow: Flow) -> None:
+    def close(self, flow: Flow, *, finished: bool) -> None:
         """Nothing to do."""
 
     def sealed(self) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class ZeromqReader(ProtocolReader):
         self._directions[flow].messages.doubt(start, stop)
         self._session.doubt(flow, start, stop)
 
-    def close(self, flow: Flow) -> None:
+    def close(self, flow: Flow, *, finished: bool) -> None:
         """Ends a stream."""
         direction = self._directions[flow]
         if direction.decoder is not None:

@@ -67,11 +67,12 @@ class Attack(Command):
 
     def run(self) -> Result:
         """Decodes, attacks, writes the answer."""
+        input_shape = self._input_shape()  # a wrong model should not wait for the file
         source = Source(self.file, optimizer=self.optimizer)
         knowledge = Knowledge(
             model=self.model,
             loss=self.loss,
-            input_shape=self._input_shape(),
+            input_shape=input_shape,
             input_range=self.input_range,
             batch_size=self.batch_size,
             labels=self.labels,

@@ -33,6 +33,8 @@ from attack.observation import Factor
 MAX_SKIPPED = 16
 """All-reduces before the first step that are none of its buckets."""
 MIN_PATIENCE_BYTES = 64 << 20
+SMALL_BYTES = 256
+"""What scripts sum between steps is no larger: losses, metrics. Of DDP's own map the size is known."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -44,6 +46,8 @@ class Step:
     buffers: Float | None
     """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
     first_tag: int
+    small: bool
+    """Its first bucket is as small as what a script sums: only those behind it show that it was one."""
     factors: list[tuple[Factor, ...]] | None = None
     """By rank, what was sent in place of gradients."""
 
@@ -220,6 +224,8 @@ class Job:
             else:
                 self._refuse(f"wanted a bucket of {ring.total} bytes, got an all-reduce of another size")
             return
+        if self._open is None and not self.plan.flat and not self._is_first_bucket(ring, closed=closed):
+            return
         step = self._open if self._open is not None else self._begin_step()
         sending = Sending.PLAIN if self.plan.flat else self._sending(bucket.format)
         take_apart(
@@ -234,6 +240,41 @@ class Job:
         )
         self._done += 1
         self._pass()
+
+    def _is_first_bucket(self, ring: Ring, *, closed: bool) -> bool:
+        """Whether the next sum, of which nothing contradicts it, begins a step; passes over it or refuses it if not.
+
+        Between steps come DDP's map of the parameters that were used, an int32 for each that counts ranks, and what a
+        script sums besides. A part of such a sum may look like a part of a small bucket.
+        """
+        assert self.plan is not None
+        links, tag, mapped = self._network.ring(), self._tag, 4 * max(self.plan.count, 0)
+        if not self._network.is_certain(tag):
+            others = [
+                Ring(total, ring.world, element)
+                for element in {4, 8, ring.element}
+                for total in range(element, max(SMALL_BYTES, mapped) + 1, element)
+                if total != ring.total
+            ]
+            if mapped == ring.total or any(agrees(other, links, tag) for other in others):
+                if closed:
+                    self._refuse(
+                        "too little was seen of a small sum to tell a step's first bucket from what comes between"
+                    )
+                return False
+        elif not is_whole(ring, links, tag):
+            self._skip("an all-reduce of another size than the next bucket's")
+            return False
+        elif mapped == ring.total and self._step and agrees(Ring(mapped, ring.world, 4), links, tag):
+            seen = [one for link in links.values() for one in link.slots[Kind.ALLREDUCE, tag]]
+            counts = {int(np.frombuffer(one.message.payload, "<u4").max(initial=0)) for one in seen}
+            if 0 < max(counts) <= ring.world:
+                self._skip("DDP's map of the parameters that were used")
+                return False
+            if not max(counts) and not (self._regular and self._step > 1):
+                self._refuse("zeros, which may be a bucket or a map of parameters")
+                return False
+        return True
 
     def _rings(self) -> dict[int, Ring]:
         """Of the open step, by tag."""
@@ -370,11 +411,13 @@ class Job:
             self._usual_prologue = self._prologue
         if self._step == 0:
             self._buffers = self.plan.buffers
+        sizes = [bucket.ring(self._network.world).total for bucket in self._layout]
         self._open = Step(
             step=self._step,
             seen=Gradients.unknown(self.plan.offsets[-1], world=self._network.world, dtype=self._dtype),
             buffers=self._buffers,
             first_tag=self._tag,
+            small=not self.plan.flat and sizes[0] <= max(SMALL_BYTES, 4 * self.plan.count) and len(sizes) > 1,
         )
         return self._open
 
@@ -382,6 +425,10 @@ class Job:
         done, self._open = self._open, None
         assert done is not None
         assert self.plan is not None
+        if done.small and self._done < len(self._layout):
+            self._notes.add(f"step {done.step}: its first sum may have been none of its buckets: left out")
+            world = len(done.seen.ranks)
+            done.seen = Gradients.unknown(self.plan.offsets[-1], world=world, dtype=self._dtype)
         for array in done.seen.arrays():
             self.plan.reorder(array)
         self._network.settle(self._tag - 1)

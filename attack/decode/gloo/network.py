@@ -63,6 +63,8 @@ class Link:
     lost: bool = False
     """In such a stretch now."""
     ended: bool = False
+    finished: bool = False
+    """Nothing more was sent than what was seen."""
     spans: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """By tag: how many losses there had been before its first payload, and before its last."""
     floor: int = 0
@@ -196,9 +198,9 @@ class Network:
         for slot in link.slots.values():
             slot[:] = [Seen(doubted(seen.message, start, stop), seen.epoch) for seen in slot]
 
-    def end(self, flow: Flow) -> None:
-        """Nothing more will come."""
-        self.links[flow].ended = True
+    def end(self, flow: Flow, *, finished: bool) -> None:
+        """Nothing more will come; `finished`: nothing more was sent."""
+        self.links[flow].ended, self.links[flow].finished = True, finished
         self.changed = True
 
     @property
@@ -221,6 +223,13 @@ class Network:
         """Whether every link of the ring that was seen has come past a tag, or to its end."""
         links = self.ring().values()
         return bool(links) and all(link.newest > tag or link.ended for link in links)
+
+    def is_certain(self, tag: int) -> bool:
+        """Whether all that went round the ring under a tag was seen, so that what was not seen there was not sent."""
+        links = self.ring().values()
+        return len(links) == self._world and all(
+            link.floor == len(link.losses) and (link.newest > tag or link.finished) for link in links
+        )
 
     def is_empty(self, tag: int, horizon: int) -> bool:
         """Whether it is certain that nothing went round the ring under a tag: so it was no all-reduce.

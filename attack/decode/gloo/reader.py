@@ -81,12 +81,12 @@ class GlooReader(ProtocolReader):
         super().doubt(flow, start, stop)
         self._network(flow).doubt(flow, start, stop)
 
-    def close(self, flow: Flow) -> None:
+    def close(self, flow: Flow, *, finished: bool) -> None:
         """Ends a stream."""
         if (decoder := self._decoders[flow]) is not None:
             self._handle(flow, decoder.finish())
         self._decoders[flow] = None
-        self._network(flow).end(flow)
+        self._network(flow).end(flow, finished=finished)
 
     def recognizes(self, flow: Flow) -> bool:
         """A stream seen from its start was sniffed; another must have shown two messages, one behind the other."""
@@ -189,4 +189,4 @@ class GlooReader(ProtocolReader):
             self.notes.add(f"not read further: {error}")
             self._decoders[flow] = None
             network.lose(flow)
-            network.end(flow)
+            network.end(flow, finished=False)

@@ -46,7 +46,7 @@ def read(parts: list[bytes]) -> tuple[Directory, list[str]]:
     reader.open(FLOW, from_start=True)
     for part in parts:
         reader.receive(FLOW, 0.0, part)
-    reader.close(FLOW)
+    reader.close(FLOW, finished=True)
     return directory, notes.lines()
 
 
@@ -88,8 +88,8 @@ def hear(parts: list[tuple[Flow, bytes]], *, doubted: Flow | None = None) -> dic
         reader.doubt(doubted, 20, 21)
     for flow, part in parts:
         reader.receive(flow, 0.0, part)
-    reader.close(FLOW)
-    reader.close(FLOW.reverse)
+    reader.close(FLOW, finished=True)
+    reader.close(FLOW.reverse, finished=True)
     return {address: rank for group in directory.groups() for address, rank in group.ranks.items()}
 
 

@@ -26,6 +26,8 @@ class PaperJob:
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     buckets: tuple[tuple[int, ...], ...] = ((2, 3), (0, 1))
     """Parameters of each bucket after the first step."""
+    between: int = 0
+    """Elements of a sum that is made after each step, and is no gradient: a script's metrics."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +71,8 @@ class PaperJob:
                     for bucket in layout
                 ]
             )
+            if self.between:
+                self._reduce([[generator.standard_normal(self.between).astype("<f4") for _ in range(self.world)]])
             average, at = np.zeros_like(weights), 0
             for index in (index for bucket in layout for index in bucket):
                 average[ends[index] - sizes[index] : ends[index]] = np.concatenate(sums)[at : at + sizes[index]]

@@ -6,6 +6,7 @@ here, large enough for packets of an Ethernet's size.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 
 from attack.capture.packets import Segment
+from attack.capture.streams import Closed
+from tests.attack.decode.gloo.jobs import PaperJob, events
 from tests.attack.decode.gloo.loss import SEVERITIES, measure, read_segments, reassembled
-from tests.attack.decode.gloo.recordings import CASES, FOLDER, LARGER, Case, observe, read_truth, record
+from tests.attack.decode.gloo.recordings import CASES, FOLDER, LARGER, Case, check, observe, read_truth, record
 
 LEAST = {
     "nothing": 1.0,
@@ -71,3 +74,18 @@ def test_what_can_still_be_proven_is_reported(wide: Recorded) -> None:
     shares = {severity: known(wide, severity, range(4)) for severity in SEVERITIES}
     assert not {severity: share for severity, share in shares.items() if share < LEAST.get(severity, 0.0)}, shares
     assert shares["50 %"] > 0.0
+
+
+@pytest.mark.parametrize("elements", [1, 3, 4])
+def test_a_part_of_a_small_sum_between_steps_is_not_taken_for_a_small_bucket(elements: int) -> None:
+    # The first bucket has three elements: what a capture shows of the other sum before it ends can look just like it.
+    job = PaperJob(world=3, steps=4, buckets=((3,), (2,), (0, 1)), between=elements)
+    for cut in range(len(job.writes) // 3, len(job.writes), 3):
+        seen = [
+            dataclasses.replace(event, how="capture ended") if isinstance(event, Closed) else event
+            for event in events(job.writes[:cut])
+        ]
+        check(job.truth, observe(seen)[0])
+    whole = {one.step for one in observe(list(events(job.writes)))[0] if one.complete}
+    # One of just the bucket's size is found out by what follows, and no more is read.
+    assert whole == ({0, 1} if elements == 3 else {0, 1, 2, 3})

@@ -7,6 +7,7 @@ geometry of a ring, and shares its heads.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from collections.abc import Iterator
@@ -170,8 +171,10 @@ def _ring(vectors: list[npt.NDArray[np.float32]]) -> Iterator[tuple[int, bytes]]
     """Sender and payload of each message of an all-reduce; those of one sender in their order."""
     world_size = len(vectors)
     ring = Ring(vectors[0].nbytes, world_size, 4)
-    for sent in zip(*(ring.sent_by(rank)[0] for rank in range(world_size)), strict=False):
+    for sent in itertools.zip_longest(*(ring.sent_by(rank)[0] for rank in range(world_size))):
         for rank, part in enumerate(sent):
+            if part is None:
+                continue  # of a short vector some ranks send less
             start, stop = (at // 4 for at in ring.place(part.segment))
             value = vectors[ring.author(part.segment, 0)][start:stop]
             for hop in range(1, part.hop + 1):

@@ -224,7 +224,7 @@ class Job:
             else:
                 self._refuse(f"wanted a bucket of {ring.total} bytes, got an all-reduce of another size")
             return
-        if self._open is None and not self.plan.flat and not self._is_first_bucket(ring, closed=closed):
+        if self._open is None and not self.plan.flat and not self._is_first_bucket(ring, end=end):
             return
         step = self._open if self._open is not None else self._begin_step()
         sending = Sending.PLAIN if self.plan.flat else self._sending(bucket.format)
@@ -241,7 +241,7 @@ class Job:
         self._done += 1
         self._pass()
 
-    def _is_first_bucket(self, ring: Ring, *, closed: bool) -> bool:
+    def _is_first_bucket(self, ring: Ring, *, end: bool) -> bool:
         """Whether the next sum, of which nothing contradicts it, begins a step; passes over it or refuses it if not.
 
         Between steps come DDP's map of the parameters that were used, an int32 for each that counts ranks, and what a
@@ -249,7 +249,7 @@ class Job:
         """
         assert self.plan is not None
         links, tag, mapped = self._network.ring(), self._tag, 4 * max(self.plan.count, 0)
-        if not self._network.is_certain(tag):
+        if not self._network.is_certain(self._horizon):
             others = [
                 Ring(total, ring.world, element)
                 for element in {4, 8, ring.element}
@@ -257,11 +257,14 @@ class Job:
                 if total != ring.total
             ]
             if mapped == ring.total or any(agrees(other, links, tag) for other in others):
-                if closed:
+                if not (end or self._closed(self._horizon)):
+                    return False
+                # If a whole one was none, what follows is not the next bucket: then the step is left out.
+                if mapped == ring.total or len(self._layout) == 1 or not is_whole(ring, links, tag):
                     self._refuse(
                         "too little was seen of a small sum to tell a step's first bucket from what comes between"
                     )
-                return False
+                    return False
         elif not is_whole(ring, links, tag):
             self._skip("an all-reduce of another size than the next bucket's")
             return False

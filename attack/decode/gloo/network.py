@@ -224,11 +224,12 @@ class Network:
         links = self.ring().values()
         return bool(links) and all(link.newest > tag or link.ended for link in links)
 
-    def is_certain(self, tag: int) -> bool:
-        """Whether all that went round the ring under a tag was seen, so that what was not seen there was not sent."""
+    def is_certain(self, horizon: int) -> bool:
+        """Whether all that went round the ring since the last collective that was taken out, up to what cannot be under
+        way beside the next one, was seen: what was not seen of it was not sent."""
         links = self.ring().values()
         return len(links) == self._world and all(
-            link.floor == len(link.losses) and (link.newest > tag or link.finished) for link in links
+            link.floor == len(link.losses) and (link.newest > horizon or link.finished) for link in links
         )
 
     def is_empty(self, tag: int, horizon: int) -> bool:

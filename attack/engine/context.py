@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,3 +37,7 @@ class Context:
     def seconds_left(self) -> float:
         """Time until the deadline, never negative."""
         return max(0.0, self.deadline - time.monotonic())
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, float64, on the CPU."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)

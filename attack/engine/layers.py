@@ -13,6 +13,7 @@ An activation has no weights; its inverse carries a known output to a known inpu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -96,6 +97,13 @@ def push(link: Link, columns: Tensor) -> Tensor:
     return functional.conv2d(
         inputs, module.weight, stride=module.stride, padding=module.padding, dilation=module.dilation
     ).flatten(1)
+
+
+def bias_of(link: Link) -> Tensor:
+    """What the layer adds to each of its outputs, shape (outputs,)."""
+    outputs = math.prod(link.output_shape)
+    bias = link.module.bias
+    return bias.repeat_interleave(outputs // len(bias)) if isinstance(bias, Tensor) else torch.zeros(outputs)
 
 
 def pull_back(link: Link, rows: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -28,10 +28,10 @@ class Searches:
     """Searches under way, row by row the same in all fields; rows can be added and dropped between rounds."""
 
     def __init__(self, elements: int, *, history: int, dtype: torch.dtype, device: torch.device) -> None:
-        kind = {"dtype": dtype, "device": device}
-        self.x = torch.empty(0, elements, **kind)  # type: ignore[call-overload]
+        none = torch.empty(0, dtype=dtype, device=device)
+        self.x = none.new_empty(0, elements)
         """Where each search is."""
-        self.value = torch.empty(0, **kind)  # type: ignore[call-overload]
+        self.value = none.clone()
         """There."""
         self.exhausted = torch.empty(0, dtype=torch.bool, device=device)
         """Whether no step along the last direction, nor along the slope, made it less."""
@@ -40,10 +40,10 @@ class Searches:
         self._step, self._low, self._high = (torch.empty_like(self.value) for _ in range(3))
         self._tries = torch.empty(0, dtype=torch.long, device=device)
         self._pairs = torch.empty(0, dtype=torch.long, device=device)  # pairs ever taken
-        self._moves = torch.empty(0, history, elements, **kind)  # type: ignore[call-overload]
+        self._moves = none.new_empty(0, history, elements)
         self._bends = torch.empty_like(self._moves)
         # Of moves with bends, and of bends with bends; unused places hold zeros, and ones on the diagonal.
-        self._products = torch.empty(0, history, history, **kind)  # type: ignore[call-overload]
+        self._products = none.new_empty(0, history, history)
         self._squares = torch.empty_like(self._products)
 
     def __len__(self) -> int:

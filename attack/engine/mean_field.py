@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from attack.engine.chain import Link, NoChain
 from attack.engine.context import Context
-from attack.engine.layers import activation, by_channel, forward_matrix, gradient_rows, pull_back, push
+from attack.engine.layers import activation, bias_of, by_channel, forward_matrix, gradient_rows, pull_back, push
 from attack.engine.stripes import Stripes
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, prior_below
@@ -92,7 +92,7 @@ class QuickWalk:
         error, noise = gradients[-1], noises[-1]
         if error.shape != self._links[-1].output_shape:
             raise NoChain("the gradient of the last layer's bias is not known")
-        normal = _normal((draws, len(error)), context).to(error)
+        normal = context.normal((draws, len(error))).to(error)
         belief = Belief(
             mean=torch.zeros_like(error),
             samples=torch.zeros_like(normal),
@@ -159,22 +159,20 @@ class _Layer:
 
     def solve(self, belief: Belief, context: Context, watch: Watch) -> Belief:
         """From what is believed of the layer's output to what is believed of its input, with as many draws."""
-        link, module, draws = self._link, self._link.module, len(belief.samples)
-        offset = torch.zeros_like(belief.mean)
-        if module.bias is not None:
-            offset = module.bias.repeat_interleave(len(offset) // len(module.bias))  # type: ignore[arg-type,operator]
+        link, draws = self._link, len(belief.samples)
+        offset = bias_of(link).to(belief.mean)
         # First the mean's right side; then draws, whose right sides are noise as each kind of row has it.
         forward = torch.cat(
             [
                 (self._precision * (belief.mean - offset))[None],
-                self._precision.sqrt() * _normal((draws, len(offset)), context).to(offset),
+                self._precision.sqrt() * context.normal((draws, len(offset))).to(offset),
             ]
         )
         targets = (self._root * self._gradient).T
-        rows = torch.cat([targets[None], _normal((draws, *targets.shape), context).to(offset)])
+        rows = torch.cat([targets[None], context.normal((draws, *targets.shape)).to(offset)])
         right = pull_back(link, forward) + (rows @ self._rows).flatten(1)
         right[0] += self._mean / self._variance
-        right[1:] += _normal((draws, link.inputs), context).to(offset) / math.sqrt(self._variance)
+        right[1:] += context.normal((draws, link.inputs)).to(offset) / math.sqrt(self._variance)
         mean = self._conjugate_gradients(right[:1], self._start[None], SOLVED, context, watch)
         samples = mean[:0]
         if draws:
@@ -269,7 +267,3 @@ def _cholesky(matrix: Tensor, link: Link) -> Tensor:
     if failed:
         raise NoChain(f"layer {link.name}: its equations are too ill-conditioned for float32")
     return factor
-
-
-def _normal(shape: tuple[int, ...], context: Context) -> Tensor:
-    return torch.randn(shape, generator=context.generator, dtype=torch.float64)

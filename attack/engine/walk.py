@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attack.engine.chain import Link, NoChain
 from attack.engine.context import Context
-from attack.engine.layers import Activation, activation, by_channel, gradient_rows, pull_back
+from attack.engine.layers import Activation, activation, bias_of, by_channel, gradient_rows, pull_back
 from attack.engine.target import Target
 
 MAX_UNKNOWNS = 4096
@@ -98,7 +98,7 @@ def _at_logits(target: Target, links: list[Link], context: Context) -> FullBelie
         weighted=zeros,
         samples=zeros.expand(SAMPLES, -1),
         error=error,
-        error_samples=error + noise * _normal((SAMPLES, len(error)), context).to(error),
+        error_samples=error + noise * context.normal((SAMPLES, len(error))).to(error),
     )
 
 
@@ -134,10 +134,8 @@ def _solve(
     """From a layer's output to its input, by forward rows, gradient rows and prior, each with its weight."""
     if link.inputs > MAX_UNKNOWNS:
         raise NoChain(f"layer {link.name} has {link.inputs} inputs; at most {MAX_UNKNOWNS} are solved for at once")
-    module, (mean, variance) = link.module, prior
-    offset = torch.zeros_like(belief.mean)
-    if module.bias is not None:
-        offset = module.bias.repeat_interleave(len(offset) // len(module.bias))  # type: ignore[arg-type,operator]
+    mean, variance = prior
+    offset = bias_of(link).to(belief.mean)
 
     # Forward rows: F^T P F and F^T P (z - b), with P the precision of z.
     half = pull_back(link, belief.precision)
@@ -158,7 +156,7 @@ def _solve(
     weighted = weighted + mean / variance
     factor = _factor(precision, link)
     solution = torch.cholesky_solve(weighted[:, None], factor)[:, 0]
-    draws = _normal((link.inputs, SAMPLES), context).to(solution)
+    draws = context.normal((link.inputs, SAMPLES)).to(solution)
     samples = solution + torch.linalg.solve_triangular(factor.T, draws, upper=True).T
     errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
     return FullBelief(
@@ -181,7 +179,3 @@ def _factor(precision: Tensor, link: Link) -> Tensor:
     if failed:
         raise NoChain(f"layer {link.name}: its equations are too ill-conditioned for float64")
     return factor
-
-
-def _normal(shape: tuple[int, ...], context: Context) -> Tensor:
-    return torch.randn(shape, generator=context.generator, dtype=torch.float64)

@@ -21,8 +21,15 @@ Packet: TypeAlias = tuple[int, int, memoryview, int]
 SNAPLEN = 262_144
 """Bytes kept of a packet: loopback hands over TCP segments of up to 64 KiB, and IPv6 jumbograms may be larger."""
 
-BLOCK_BYTES = 4 << 20
+LARGEST_BLOCK = 4 << 20
 """About 64 loopback packets: enough for one large write, and small enough that the kernel finds it in one piece."""
+
+SMALLEST_BLOCK = 2 * SNAPLEN
+"""A packet of any size that is kept fits."""
+
+FEW_BLOCKS = 16
+"""What a ring has at least, where its size allows. A block is gone with the first packet that waits RETIRE_MS in it, so
+it is their number, not their bytes, that bridges the time in which the reader is held up: here a third of a second."""
 
 RETIRE_MS = 20
 """The kernel hands over a block that is not yet full after this long."""
@@ -48,6 +55,14 @@ class Counts:
     """Packets that arrived, dropped ones included."""
     dropped: int = 0
     """Packets that found the ring full."""
+
+
+def _block_bytes(num_bytes: int) -> int:
+    """Size of a ring's blocks, a power of two as the kernel's pages want it."""
+    size = LARGEST_BLOCK
+    while size > SMALLEST_BLOCK and num_bytes // size < FEW_BLOCKS:
+        size //= 2
+    return size
 
 
 class Ring:
@@ -76,8 +91,9 @@ class Ring:
         try:
             self._accept(SNAPLEN)
             self._socket.setsockopt(SOL_PACKET, PACKET_VERSION, TPACKET_V3)
-            self.num_blocks = self._allocate(max(2, num_bytes // BLOCK_BYTES))
-            self._map = mmap.mmap(self._socket.fileno(), self.num_blocks * BLOCK_BYTES)
+            self.block_bytes = _block_bytes(num_bytes)
+            self.num_blocks = self._allocate(max(2, num_bytes // self.block_bytes))
+            self._map = mmap.mmap(self._socket.fileno(), self.num_bytes)
             # getsockname() of a socket bound to an interface names its hardware type; protocol 0 keeps it silent.
             self._socket.bind((interface, 0))
             self.hardware_type: int = self._socket.getsockname()[3]
@@ -94,8 +110,8 @@ class Ring:
         while True:
             # Frames mean nothing to TPACKET_V3, which packs packets of any size; their product must fit all the same.
             frame_bytes = 1 << 16
-            num_frames = num_blocks * (BLOCK_BYTES // frame_bytes)
-            request = struct.pack("=7I", BLOCK_BYTES, num_blocks, frame_bytes, num_frames, RETIRE_MS, 0, 0)
+            num_frames = num_blocks * (self.block_bytes // frame_bytes)
+            request = struct.pack("=7I", self.block_bytes, num_blocks, frame_bytes, num_frames, RETIRE_MS, 0, 0)
             try:
                 self._socket.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
                 return num_blocks
@@ -119,12 +135,12 @@ class Ring:
     @property
     def num_bytes(self) -> int:
         """Size of the ring, as the kernel granted it."""
-        return self.num_blocks * BLOCK_BYTES
+        return self.num_blocks * self.block_bytes
 
     def blocks(self) -> Iterator[list[Packet]]:
         """The full blocks, oldest first, until there is none. A block's views end when the next one is asked for."""
         while True:
-            block_at = self._next_block * BLOCK_BYTES
+            block_at = self._next_block * self.block_bytes
             status, num_packets, first = BLOCK_HEADER.unpack_from(self._memory, block_at)
             if not status & TP_STATUS_USER:
                 return

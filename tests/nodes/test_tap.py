@@ -100,6 +100,23 @@ def test_drops_are_counted_in_the_result_and_in_the_file(tmp_path: Path) -> None
     assert options == [4, 8, heard["packets"] + heard["dropped"], 5, 8, heard["dropped"]]
 
 
+@pytest.mark.lab
+def test_few_packets_are_kept_while_the_tap_is_held_up(tmp_path: Path) -> None:
+    """The kernel hands over a block every 20 ms, however little is in it: a ring of few blocks is soon gone."""
+    out = tmp_path / "wire.pcapng"
+    scene = """
+tap = start_tap(); tap.send_signal(signal.SIGSTOP)
+receiver, sender = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+receiver.bind(("127.0.0.1", 0))
+for _ in range(10):
+    sender.sendto(b"still here", receiver.getsockname())
+    time.sleep(0.025)
+tap.send_signal(signal.SIGCONT); end_tap(tap)
+"""
+    heard = json.loads(str(play(scene, out, ring_mib=8)["said"]))
+    assert (heard["packets"], heard["dropped"]) == (10, 0)
+
+
 def statistics_block(file: Path) -> bytes:
     """The last block of a capture."""
     data = file.read_bytes()

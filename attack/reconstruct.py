@@ -96,9 +96,8 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
         return fields | {"reason": answer.reason}
     inputs = answer.inputs.detach()
     labels = answer.labels if answer.soft_labels is None else answer.soft_labels.detach()
-    residual = target.residual(inputs, labels)
+    residual, tolerance = target.misfit(inputs, labels)
     fields["gradient_residual"] = residual if math.isfinite(residual) else None
-    tolerance = target.tolerance_at(inputs, labels)
     if not residual <= tolerance:
         reason = f"its gradient differs by {residual:.1e} of the observed one, at most {tolerance:.1e} is a match"
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}

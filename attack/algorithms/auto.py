@@ -65,8 +65,7 @@ def auto(target: Target, context: Context) -> Answer:
         route.append(f"{name} ({why})")
         residual, tolerance = float("inf"), 0.0
         if answer.inputs is not None and answer.labels is not None:
-            residual = target.residual(answer.inputs, answer.labels)
-            tolerance = target.tolerance_at(answer.inputs, answer.labels)
+            residual, tolerance = target.misfit(answer.inputs, answer.labels)
         if best is None or residual < least:
             best, least = answer, residual
         if residual <= tolerance:

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from attack.engine.chain import Link, NoChain
 from attack.engine.context import Context
 from attack.engine.layers import activation, bias_of, by_channel, forward_matrix, gradient_rows, pull_back, push
-from attack.engine.stripes import Stripes
+from attack.engine.stripes import Stripes, lower_gram
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, prior_below
 
 DRAWS = 4
 """From each belief: their mean square over all elements of a layer is its variance."""
-ITERATIONS = 40
-"""Of conjugate gradients, at most; a layer of a LeNet takes 2 to 8."""
+ITERATIONS, AGAIN_ITERATIONS = 40, 1
+"""Of conjugate gradients, at most: a layer of a LeNet takes 2 to 8; from a solution near by, one."""
 SOLVED, DRAWN = 1e-2, 0.1
 """Squared distance from the solution, in standard deviations and a mean over the directions, at which they end, for
 the mean and for draws."""
@@ -140,6 +140,7 @@ class _Layer:
         self._link, self._precision, self._gradient = link, precision, by_channel(link, gradient)
         self._mean, self._variance = prior
         self._channels = self._gradient.shape[1]
+        self._iterations = ITERATIONS if before is None else AGAIN_ITERATIONS
         rows = gradient_rows(link, belief.error)
         if before is None:
             # An error that is off by d moves a row by the sum of d times u: u is of the prior's size.
@@ -183,20 +184,19 @@ class _Layer:
     def _conjugate_gradients(self, right: Tensor, x: Tensor, goal: float, context: Context, watch: Watch) -> Tensor:
         """Each row of `right` on its own, from `x`."""
         r = right - self._multiply(x)
-        p = z = self._precondition(r)
-        rz = (r * z).sum(1, keepdim=True)
+        p, before = torch.zeros_like(x), torch.ones_like(x[:, :1])
         watch(0, x[0])
-        for iteration in range(1, ITERATIONS + 1):
+        for iteration in range(1, self._iterations + 1):
+            z = self._precondition(r)
+            rz = (r * z).sum(1, keepdim=True)
             if rz.max() <= goal * right.shape[1]:
                 break
             if not context.seconds_left:
                 raise OutOfTime
+            p, before = z + rz / before * p, rz
             q = self._multiply(p)
             step = rz / (p * q).sum(1, keepdim=True).clamp(min=torch.finfo(rz.dtype).tiny)
             x, r = x + step * p, r - step * q
-            z = self._precondition(r)
-            before, rz = rz, (r * z).sum(1, keepdim=True)
-            p = z + rz / before * p
             watch(iteration, x[0])
         return x
 
@@ -239,11 +239,11 @@ class _Jointly:
         forward = forward.view(-1, self._channels, size) @ self._vectors
         self._forward, self._open = forward.flatten(1), forward[:, :, : self._count].flatten(1)
         scaled = (forward * self._known.sqrt()).flatten(1)
-        noise = scaled @ scaled.T
+        noise = lower_gram(scaled)
         noise.diagonal().add_(1 / says)
         self._noise = _cholesky(noise, link)
         whitened = torch.linalg.solve_triangular(self._noise, self._open, upper=False)
-        matrix = whitened.T @ whitened
+        matrix = lower_gram(whitened.T)
         matrix.diagonal().add_(values[: self._count].float().repeat(self._channels))
         self._factor = _cholesky(matrix, link)
 

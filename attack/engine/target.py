@@ -88,14 +88,18 @@ class Target:
         arithmetic = torch.linalg.vector_norm(torch.where(self.known > 0, self.noise, 0.0)).square() - observed.square()
         return 3e-5 + float(4 * arithmetic.clamp(min=0).sqrt() + 1.3 * observed) / self.norm
 
-    def tolerance_at(self, inputs: Tensor, labels: Tensor) -> float:
-        """`tolerance`, and as much more as the sender's own arithmetic is off at this answer.
+    def misfit(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+        """The residual of an answer, and the largest that would be a match there: `tolerance`, or, where that does not
+        do, as much more as the sender's own arithmetic is off at this answer.
 
         Where softmax is almost sure of a label, 1 - p is left with few digits, and all of the gradient with it: on
         trained nets up to 1e-4 of it is rounding. What the answer's gradient is off in float32 says so.
         """
+        residual = self.residual(inputs, labels)
+        if residual <= self.tolerance:
+            return residual, self.tolerance
         error = torch.linalg.vector_norm(self.replay(inputs, labels).gradient - self.gradient_of(inputs, labels))
-        return self.tolerance + 4 * float(error) / self.norm
+        return residual, self.tolerance + 4 * float(error) / self.norm
 
     def gradient_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """What `mismatch` compares with the observed gradient: of a batch, over the known elements, in float64."""

@@ -26,7 +26,7 @@ HISTORY_POINTS = 100
 """Points of the gradient match over iterations that `attack.json` keeps of each victim."""
 SCALARS = (
     "rank", "step", "status", "method", "route", "reason", "gradient_residual", "predicted_mse", "seconds",
-    "cpu_seconds", "evaluations", "restarts", "batch_size_assumed",
+    "cpu_seconds", "evaluations", "restarts", "batch_size_assumed", "batch_norm",
 )  # fmt: skip
 """Fields of a `Reconstruction` that a victim's entry holds as they are."""
 

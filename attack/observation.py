@@ -14,6 +14,10 @@ from torch import Tensor
 Shapes = tuple[tuple[int, ...], ...]
 
 
+BATCH_NORM_MODES = ("train", "eval")
+"""Batch norm normalizes by the batch, or by running statistics."""
+
+
 class Known(enum.IntEnum):
     """How an element of a gradient is known."""
 
@@ -64,8 +68,10 @@ class Observation:
     weights: Tensor | None
     """As the gradient: the weights that this gradient was taken at; None where they are not known."""
     buffers: Tensor | None = None
-    """As the gradient, shape (buffers,): floating-point buffers, in order; None where there are none, or none was
-    seen."""
+    """As the gradient, shape (buffers,): floating-point buffers that the step began with, in order; None where there
+    are none, or none was seen. Where they were not seen again, those of an earlier step (`attack.buffers`)."""
+    buffers_after: Tensor | None = None
+    """The same of the next step: those of rank 0 after its forward pass. None where one of the two was not seen."""
     shapes: Shapes
     """Shape of each parameter, in order."""
     factors: tuple[Factor, ...] = ()
@@ -128,6 +134,8 @@ class Knowledge:
     """Examples in a rank's batch."""
     labels: tuple[int, ...] | None = None
     """The batch's labels."""
+    batch_norm: str | None = None
+    """Of `BATCH_NORM_MODES`: how the job's batch norms normalize; None: each is found out from the wire."""
     optimizer: str | None = None
     """Optimizer specification, as `harness.models.load_optimizer` reads it: keeps the shadow's weights in step."""
     optimizer_source: str | None = None

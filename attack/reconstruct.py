@@ -67,6 +67,7 @@ def reconstruct(
     fields: dict[str, Any] = {"method": method}
     try:
         target = prepare(observation, knowledge, device=here)
+        fields["batch_norm"] = target.batch_norm
         fields |= judge(target, METHODS[method](target, context), context)
     except Refused as refused:
         fields["status"] = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED

@@ -20,8 +20,9 @@ class TrainConfig:
     """Synchronous data-parallel training: every rank takes a batch, all average their gradients, all take one step."""
 
     model: str = "lenet"
-    """Model: a built-in name with options (lenet, mlp, convnet, resnet; e.g. resnet:depth=18), package.module:factory,
-    or path/file.py:factory. Built-in models take their input shape and number of classes from the data."""
+    """Model: a built-in name with options (lenet, mlp, convnet, resnet; e.g. resnet:depth=18,norm=frozen),
+    package.module:factory, or path/file.py:factory. Built-in models take their input shape and number of classes from
+    the data."""
     data: str = "cifar100"
     """Data set: cifar100, cifar10 (sample pictures), mnist (5000 digits), faces, photos; your own copy with
     mnist:path=DIR, fashion-mnist:path=DIR, cifar10:path=DIR, cifar100:path=DIR, images:path=DIR,size=32x32."""

@@ -97,6 +97,8 @@ class Reconstruction:
     """What the eavesdropper may expect of the mean squared error, without the truth; None where it cannot be had."""
     batch_size_assumed: bool = False
     """Whether the batch size was a guess (1), because it was not told."""
+    batch_norm: str | None = None
+    """How the model's batch norms were taken to normalize, and how that is known."""
     reason: str | None = None
     """One line, where not converged, or filled."""
     seconds: float = 0.0

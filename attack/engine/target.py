@@ -15,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from attack.engine.normalization import floating_buffers, set_modes
 from attack.errors import AttackError
-from attack.observation import Knowledge, Known, Observation
+from attack.observation import BATCH_NORM_MODES, Knowledge, Known, Observation
 from harness.models import LOSSES, load_model
 
 FLOAT32_ERROR = 2.5e-7
@@ -39,8 +40,8 @@ class Target:
     """One gradient to be explained by a batch."""
 
     model: nn.Module
-    """At the observed weights, float64. Evaluation mode, so that dropout is off; but batch norm normalizes by the
-    batch, as it does in training, and leaves its running statistics alone."""
+    """At the observed weights, float64. Evaluation mode, so that dropout is off; but each batch norm in the mode in
+    which the job has it, and it leaves its running statistics alone."""
     loss: Callable[[Tensor, Tensor], Tensor]
     gradient: Tensor
     """float64, shape (parameters,); 0 where unknown."""
@@ -59,6 +60,8 @@ class Target:
     """Whether `batch_size` is a guess, because it was not told."""
     labels: Tensor | None
     """int64, shape (batch,), where told."""
+    batch_norm: str | None = None
+    """How its batch norms normalize, and how that is known; None where there are none."""
 
     @property
     def device(self) -> torch.device:
@@ -169,8 +172,8 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     if knowledge.loss not in LOSSES:
         raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
 
-    model = _model(observation, knowledge)
-    classes = _classes(model, knowledge)
+    model, batch_norm = _model(observation, knowledge)
+    batch_size, classes = _fit(model, knowledge)
     gradient = torch.where(known, observation.gradient, 0.0).double()
     bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double() * known
     target = Target(
@@ -184,20 +187,23 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         input_shape=knowledge.input_shape,
         input_range=knowledge.input_range,
         classes=classes,
-        batch_size=_batch_size(knowledge),
+        batch_size=batch_size,
         batch_size_assumed=knowledge.batch_size is None and knowledge.labels is None,
         labels=None if knowledge.labels is None else torch.tensor(knowledge.labels, device=device),
+        batch_norm=batch_norm,
     )
     if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
         raise AttackError(f"labels {list(knowledge.labels or ())}: model {knowledge.model!r} has {classes} classes")
     return target
 
 
-def _model(observation: Observation, knowledge: Knowledge) -> nn.Module:
+def _model(observation: Observation, knowledge: Knowledge) -> tuple[nn.Module, str | None]:
+    """The model at the observed weights, and what is to be said of its batch norms. Raises: Refused, AttackError."""
     with torch.random.fork_rng(
         devices=[]
     ):  # a fresh model draws weights; the caller's global generator stays as it was
         model = load_model(knowledge.model)
+    sizes = [math.prod(shape) for shape in observation.shapes]
     shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
     if shapes != tuple(observation.shapes):
         raise AttackError(
@@ -205,18 +211,39 @@ def _model(observation: Observation, knowledge: Knowledge) -> nn.Module:
             f"{sum(map(math.prod, shapes))} elements, the wire shows {len(observation.shapes)} of "
             f"{observation.gradient.numel()}; name the model that the job trains"
         )
+    if knowledge.batch_norm not in (None, *BATCH_NORM_MODES):
+        raise AttackError(
+            f"batch_norm: wanted {' or '.join(BATCH_NORM_MODES)}, got {knowledge.batch_norm!r}; leave it out where it "
+            "is not known"
+        )
     assert observation.weights is not None
     model = model.double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-            module.track_running_stats = False
+    buffers = floating_buffers(model)
+    before, after = (_split(seen, buffers) for seen in (observation.buffers, observation.buffers_after))
     with torch.no_grad():
         _fill(list(model.parameters()), observation.weights)
-        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if observation.buffers is not None and observation.buffers.numel() == sum(b.numel() for b in buffers):
-            _fill(buffers, observation.buffers)
-    return model
+        if before is not None:
+            _fill(buffers, torch.cat(before) if before else torch.zeros(0))
+    parts = zip(observation.gradient.double().split(sizes), observation.known.split(sizes), shapes, strict=True)
+    seen = [(gradient.view(shape), known.view(shape) != Known.UNKNOWN) for gradient, known, shape in parts]
+    described, frozen = set_modes(
+        model,
+        knowledge.input_shape,
+        [gradient for gradient, _ in seen],
+        [known for _, known in seen],
+        told=knowledge.batch_norm,
+        before=before or [],
+        after=after if before is not None else None,
+    )
+    if frozen and before is None:
+        raise Refused(f"{described}; the running statistics that this takes were not seen", observed=False)
+    return model, described
+
+
+def _split(flat: Tensor | None, like: list[Tensor]) -> list[Tensor] | None:
+    """Parts of a flat vector, as large as those tensors, where their sizes add up to its own."""
+    sizes = [tensor.numel() for tensor in like]
+    return None if flat is None or flat.numel() != sum(sizes) else list(flat.split(sizes))
 
 
 def _fill(tensors: list[Tensor] | list[nn.Parameter], flat: Tensor) -> None:
@@ -224,17 +251,34 @@ def _fill(tensors: list[Tensor] | list[nn.Parameter], flat: Tensor) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _classes(model: nn.Module, knowledge: Knowledge) -> int:
+def _fit(model: nn.Module, knowledge: Knowledge) -> tuple[int, int]:
+    """Batch size and classes, told or, where the size is not told, the smallest that the model takes.
+
+    Raises: AttackError: the model does not take such a batch.
+    """
+    size = _batch_size(knowledge)
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(_batch_size(knowledge), *knowledge.input_shape, dtype=torch.float64))
+            try:
+                logits = model(torch.zeros(size, *knowledge.input_shape, dtype=torch.float64))
+            except ValueError as error:
+                if size > 1 or "more than 1 value per channel" not in str(error):
+                    raise
+                if knowledge.batch_size is not None or knowledge.labels is not None:
+                    raise AttackError(
+                        f"model {knowledge.model!r}: batch norm in training mode cannot normalize a channel of one "
+                        f"value, as it has with inputs of shape {knowledge.input_shape} and one example (torch would "
+                        "raise in the job): the batch is larger, or --batch-norm is eval"
+                    ) from error
+                size = 2
+                logits = model(torch.zeros(size, *knowledge.input_shape, dtype=torch.float64))
     except (RuntimeError, ValueError) as error:
         raise AttackError(
             f"model {knowledge.model!r} does not take inputs of shape {knowledge.input_shape}: {error}"
         ) from error
     if logits.ndim != 2:
         raise AttackError(f"model {knowledge.model!r}: wanted logits (batch, classes), got shape {tuple(logits.shape)}")
-    return logits.shape[1]
+    return size, logits.shape[1]
 
 
 def _batch_size(knowledge: Knowledge) -> int:

@@ -3,6 +3,8 @@
 DistributedDataParallel averages what its own backward pass computes, so it is given one whose result is known: a
 carrier around the model whose backward hands each parameter exactly its part of the flat gradient. Parameters, order,
 buckets, buffer broadcasts and traffic are those of any DDP job that trains the same model; nothing of DDP is changed.
+DDP broadcasts rank 0's buffers before its forward pass; here the model's own has moved them by then, so DDP gets those
+from before, and the model has its own back afterwards.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class DDPExchange(ProcessGroupExchange):
         self._parameters = list(model.parameters())
         with self._one_line("weights of rank 0"):
             self._ddp = DistributedDataParallel(Carrier(model))
+        self._buffers = list(model.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     def close(self) -> None:
         # The reducer holds the group too: let go of it first, or the group would outlive `destroy_process_group`, and
@@ -44,8 +48,12 @@ class DDPExchange(ProcessGroupExchange):
         for parameter in self._parameters:
             parameter.grad = None
         assert self._ddp is not None, "start comes first"
+        after = [buffer.clone() for buffer in self._buffers]
+        self._set_buffers(self._before)
         with self._one_line(f"gradients of all {self.world_size} ranks"):
             self._ddp(gradient.detach()).backward()
+        self._set_buffers(after)
+        self._before = after
         averages = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         for parameter in self._parameters:
             parameter.grad = None
@@ -54,6 +62,10 @@ class DDPExchange(ProcessGroupExchange):
         self.traffic.bytes_out += moved
         self.traffic.bytes_in += moved
         return average
+
+    def _set_buffers(self, values: list[Tensor]) -> None:
+        for buffer, value in zip(self._buffers, values, strict=True):
+            buffer.copy_(value)
 
 
 class Carrier(nn.Module):

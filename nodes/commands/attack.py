@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from attack.buffers import complete_buffers
 from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
@@ -51,6 +52,9 @@ class Attack(Command):
     """Shape of one input, e.g. 3x32x32; needed where the model does not say it itself (its attribute input_shape)."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest value of an input."""
+    batch_norm: str | None = None
+    """train or eval: whether the job's batch norms normalize by the batch or by running statistics; left out: found
+    out from the wire."""
     loss: str = "cross_entropy"
     """The job's loss."""
     optimizer: str | None = None
@@ -76,6 +80,7 @@ class Attack(Command):
             input_range=self.input_range,
             batch_size=self.batch_size,
             labels=self.labels,
+            batch_norm=self.batch_norm,
             optimizer=source.rule.optimizer,
             optimizer_source=source.rule.source.value,
             optimizer_evidence=source.rule.evidence,
@@ -87,7 +92,7 @@ class Attack(Command):
             deadline_s=self.deadline_s,
             processes=self.processes,
         )
-        chosen = self._chosen(source.observations())
+        chosen = self._chosen(complete_buffers(source.observations()))
         with listening() as listener:
             answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
         victims = answer["victims"]
@@ -173,4 +178,5 @@ def _text(victims: list[dict[str, Any]], out: Path) -> str:
     ]
     lines = [table(["step", "rank", "status", "method", "seconds", "residual", "predicted MSE"], rows)]
     lines += [f"step {v['step']} rank {v['rank']}: {v['reason']}" for v in victims if v.get("reason")]
+    lines += sorted({v["batch_norm"] for v in victims if v.get("batch_norm")})
     return "\n".join([*lines, str(out)])

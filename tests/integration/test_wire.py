@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from attack.buffers import complete_buffers
 from attack.decode.recording import Recording
 from attack.observation import Known, Observation
 from harness.config import TrainConfig
@@ -53,6 +54,17 @@ def test_every_gradient_and_every_weight_to_the_bit(
         assert one.weights is not None and bool((one.known == Known.RAW).all())
         assert torch.equal(one.gradient, sent["gradient"]), f"gradient of step {one.step} rank {one.rank}"
         assert torch.equal(one.weights, sent["weights"]), f"weights of step {one.step} rank {one.rank}"
+
+
+def test_ddp_shows_the_statistics_before_and_after_rank_0s_forward_pass(tmp_path: Path) -> None:
+    model = "resnet:depth=10,width=4"
+    record(tmp_path, workers=2, servers=1, exchange="ddp", model=model, batch_size=2, steps=3)
+    seen = [one for one in complete_buffers(observed(tmp_path, optimizer=None)) if one.rank == 0]
+    left = [truth(tmp_path, one)["buffers"] for one in seen]  # as the step's forward pass left them
+    for one, before, after in zip(seen[1:], left[:-1], left[1:], strict=True):
+        assert one.buffers is not None and torch.equal(one.buffers, before)
+        assert one.buffers_after is None if one is seen[-1] else torch.equal(one.buffers_after, after)
+        assert not torch.equal(before, after)
 
 
 def test_where_ranks_serve_the_rest_is_known_within_its_bound(tmp_path: Path) -> None:

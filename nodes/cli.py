@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, code=2)
     except (GradtapError, TapError, OSError) as error:
         return fail(error, code=1)
-    except KeyboardInterrupt:
-        return fail("interrupted", code=130)
+    except KeyboardInterrupt as interrupt:
+        return fail(str(interrupt) or "interrupted", code=130)
     show(result, as_json=command.json)
     return 0 if result.ok else 1
 
@@ -85,7 +85,8 @@ def one_line(box: str) -> str:
 
 def show(result: Result, *, as_json: bool) -> None:
     """Prints a command's result on standard output."""
-    print(json.dumps(result.json, allow_nan=False) if as_json else result.text, flush=True)
+    if not result.quiet:
+        print(json.dumps(result.json, allow_nan=False) if as_json else result.text, flush=True)
 
 
 def fail(error: BaseException | str, *, code: int) -> int:

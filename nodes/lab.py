@@ -14,11 +14,8 @@ import json
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from harness.errors import ConfigError
 from nodes.errors import NetworkError, NodeError
 from nodes.network import MAX_HOSTS
 from nodes.node import Node, module_argv
+from nodes.signals import sigterm_interrupts
 
 NAMESPACES = ("--net", "--mount", "--pid", "--uts", "--fork", "--kill-child")
 """What `unshare` makes for a lab. With --kill-child, the leader dies with `unshare`."""
@@ -141,7 +139,7 @@ def run_lab(config: LabConfig) -> LabResult:
     assert leader.stdin is not None and leader.stdout is not None
     interrupted = False
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             try:
                 leader.stdin.write(config.to_json().encode() + b"\n")
                 leader.stdin.flush()
@@ -227,20 +225,3 @@ def _remedy() -> str:
             if Path(file).read_text().strip() == forbids:
                 return f"{file} is {forbids}: {remedy}, or run this as root"
     return f"in a container, start it with --cap-add SYS_ADMIN --security-opt seccomp=unconfined; else {ELSEWHERE}"
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a lab as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

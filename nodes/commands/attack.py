@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,12 +17,13 @@ from attack.buffers import complete_buffers
 from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
-from attack.victims import Listener, Plan, VictimProgress, attack_all
+from attack.victims import Listener, Plan, Share, VictimProgress, attack_all
 from harness.errors import ConfigError
 from harness.models import load_model
 from harness.models.spec import parse_spec
 from nodes.commands.base import Command, Result
 from nodes.console import console, table
+from nodes.signals import sigterm_interrupts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,15 @@ class Attack(Command):
     """Longest time for one victim, in seconds."""
     processes: int | None = None
     """Victims attacked at once; left out: one for each core."""
+    overwrite: bool = False
+    """Forget what an interrupted attack with other options, or of other traffic, left in OUT/kept."""
 
     def run(self) -> Result:
-        """Decodes, attacks, writes the answer."""
+        """Decodes, attacks, writes the answer. Under torchrun, each rank attacks its share of the victims."""
+        with sigterm_interrupts():
+            return self._run(share_of_victims())
+
+    def _run(self, share: Share) -> Result:
         input_shape = self._input_shape()  # a wrong model should not wait for the file
         source = Source(self.file, optimizer=self.optimizer)
         knowledge = Knowledge(
@@ -93,8 +101,12 @@ class Attack(Command):
             processes=self.processes,
         )
         chosen = self._chosen(complete_buffers(source.observations()))
-        with listening() as listener:
-            answer = attack_all(chosen, knowledge, self.out, plan=plan, listener=listener)
+        with listening() if share.rank == 0 else contextlib.nullcontext(_unheard) as listener:
+            answer = attack_all(
+                chosen, knowledge, self.out, plan=plan, share=share, overwrite=self.overwrite, listener=listener
+            )
+        if answer is None:
+            return Result(json={}, text="", quiet=True)
         victims = answer["victims"]
         text = f"{_text(victims, self.out)}\n{source.text()}"
         ok = any(victim["status"] in ("converged", "filled") for victim in victims)
@@ -151,9 +163,22 @@ def listening() -> Iterator[Listener]:
             where = f"step {news.step} rank {news.rank}"
             bar.update(task, total=news.total, completed=news.done, now=f"{where}: {_now(news)}")
             if news.status is not None and not console.is_terminal:
-                console.print(f"{where}: {news.status}", markup=False)
+                console.print(f"{where}: {news.status}{', kept from before' if news.kept else ''}", markup=False)
 
         yield listen
+
+
+def _unheard(_: VictimProgress) -> None:
+    """Under torchrun, one rank speaks."""
+
+
+def share_of_victims() -> Share:
+    """This process's, as torchrun tells it; all of them, where it was not started by that."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(os.environ.get(name, "").isdigit() for name in names):
+        return Share()
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    return Share(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
 def _now(news: VictimProgress) -> str:

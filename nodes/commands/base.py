@@ -19,6 +19,8 @@ class Result:
     """What a person reads instead; rich markup is not interpreted."""
     ok: bool = True
     """False where the command ran and failed: the exit code is then 1."""
+    quiet: bool = False
+    """Whether nothing is printed: the first of several processes does that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

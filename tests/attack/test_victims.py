@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -14,7 +16,7 @@ from attack.algorithms import Status
 from attack.errors import AnswerError, AttackError
 from attack.evaluate import evaluate
 from attack.observation import Observation
-from attack.victims import Plan, VictimProgress, attack_all
+from attack.victims import Plan, Share, VictimProgress, attack_all
 from tests.attack.toys import example, observe, told
 
 
@@ -68,6 +70,70 @@ def test_number_of_processes_does_not_change_an_answer(tmp_path: Path) -> None:
         attack_all(seen, told("convolution", inputs), tmp_path / str(processes), plan=Plan(processes=processes))
     one, two = (safetensors.torch.load_file(tmp_path / n / "reconstructions.safetensors") for n in ("1", "2"))
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_attack_that_is_broken_off_goes_on_where_it_was(tmp_path: Path, processes: int) -> None:
+    seen, inputs = victims_of_every_fate(tmp_path)
+    plan, knowledge = Plan(processes=processes), told("convolution", inputs)
+    whole = attack_all(seen, knowledge, tmp_path / "whole", plan=plan)
+    heard: list[VictimProgress] = []
+
+    def stop_after_two(news: VictimProgress) -> None:
+        if news.status is not None and news.done == 2:
+            raise Stopped
+
+    for listener in (stop_after_two, heard.append):
+        with contextlib.suppress(Stopped):
+            answer = attack_all(seen, knowledge, tmp_path / "attack", plan=plan, listener=listener)
+        if listener is stop_after_two:
+            assert len(list((tmp_path / "attack" / "kept").glob("*.safetensors"))) >= 2
+            assert not (tmp_path / "attack" / "attack.json").exists()
+            with pytest.raises(AttackError, match="its seed was 0, not 1; go on with what it was asked"):
+                attack_all(seen, knowledge, tmp_path / "attack", plan=dataclasses.replace(plan, seed=1))
+    assert answer is not None and whole is not None
+    assert sum(news.kept for news in heard) == answer["resumed"] >= 2
+    assert untimed(answer) == untimed(whole)
+    assert not (tmp_path / "attack" / "kept").exists()
+    one, two = (tmp_path / name / "reconstructions.safetensors" for name in ("whole", "attack"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def untimed(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """The victims of an answer, as JSON, without how long they took."""
+    return [{k: v for k, v in victim.items() if not k.endswith("seconds")} for victim in answer["victims"]]
+
+
+def test_shares_meet_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, inputs = victims_of_every_fate(tmp_path)
+    knowledge, plan = told("convolution", inputs), Plan(processes=1, deadline_s=30)
+    whole = attack_all(seen, knowledge, tmp_path / "whole", plan=plan)
+    shares = [Share(rank=rank, size=3) for rank in range(3)]
+    assert attack_all(seen, knowledge, tmp_path / "attack", plan=plan, share=shares[2]) is None
+    monkeypatch.setattr("attack.victims.PATIENCE_S", 0.1 - 2 * plan.deadline_s)
+    with pytest.raises(AnswerError, match=r"no other process .* not done: step0\.rank1; .* the same command goes on"):
+        attack_all(seen, knowledge, tmp_path / "attack", plan=plan, share=shares[0])
+    assert attack_all(seen, knowledge, tmp_path / "attack", plan=plan, share=shares[1]) is None
+    together = attack_all(seen, knowledge, tmp_path / "attack", plan=plan, share=shares[0])
+    assert whole is not None and together is not None
+    assert untimed(together) == untimed(whole) and (together["ranks"], together["resumed"]) == (3, 4)
+
+
+def test_each_rank_takes_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Share(rank=5, size=8, local_rank=1, local_size=4)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(9)), raising=False)
+    assert share.plan(Plan()).parallel == 2
+    assert share.plan(Plan(processes=3)).parallel == 3
+    assert Share().plan(Plan()).parallel == 9
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert share.plan(Plan()).device == "cuda:1"
+    assert share.plan(Plan(device="cpu")).device == "cpu"
 
 
 def test_no_victims_is_an_answer_too(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from attack.engine.layers import check
 from attack.engine.linearized import Linearized, conjugate_gradients
 from attack.engine.mean_field import QuickWalk
 from attack.engine.target import Target
-from attack.engine.walk import FullBelief, OutOfTime, walk_back
+from attack.engine.walk import FullBelief, FullWalk, OutOfTime
 
 RANK_ONE = 1e-3
 """Largest share of the last layer's gradient that may lie outside its first singular pair, for one example."""
@@ -84,7 +84,9 @@ def _quickly(target: Target, links: list[Link], label: Tensor, context: Context)
 
 def _in_full(target: Target, links: list[Link], label: Tensor, context: Context) -> Answer:
     """By the walk with full covariances. Raises: NoChain, OutOfTime."""
-    belief, inputs = _solve(target, links, label, context)
+    walk = FullWalk(links)
+    belief = walk(target, context)
+    inputs = _polish(target, belief, belief.mean, label, context)
     film = _film(target, belief, label)
     film.take(film.history[-1][0] + FILM_STRIDE, target.residual(inputs, label), inputs)
     return Answer(
@@ -92,14 +94,9 @@ def _in_full(target: Target, links: list[Link], label: Tensor, context: Context)
         labels=label,
         film=film,
         belief=belief,
-        again=lambda moved: _solve(moved, links, label, context)[1],
+        again=lambda moved: _polish(moved, belief, walk.again(moved, context), label, context),
         evaluations=len(film.history),
     )
-
-
-def _solve(target: Target, links: list[Link], label: Tensor, context: Context) -> tuple[FullBelief, Tensor]:
-    belief = walk_back(target, links, context)
-    return belief, _polish(target, belief, label, context)
 
 
 def check_rank_one(target: Target) -> None:
@@ -119,14 +116,14 @@ def check_rank_one(target: Target) -> None:
         )
 
 
-def _polish(target: Target, belief: FullBelief, label: Tensor, context: Context) -> Tensor:
-    """The belief's mean, moved by one step of Gauss-Newton on the whole match where that still shows more than the
+def _polish(target: Target, belief: FullBelief, mean: Tensor, label: Tensor, context: Context) -> Tensor:
+    """The walk's mean, moved by one step of Gauss-Newton on the whole match where that still shows more than the
     noise.
 
     The walk uses each equation once, from above; what it makes of an inexact error, the full match puts right. With the
     belief as preconditioner, a few iterations are enough: on trained LeNets they gain some ten decibels.
     """
-    inputs = belief.mean.view(1, *target.input_shape)
+    inputs = mean.view(1, *target.input_shape)
     residual = target.residual(inputs, label)
     if residual <= min(2 * target.expected_residual, target.tolerance / 1.1) or belief.factor is None:
         return inputs

@@ -14,7 +14,7 @@ from attack.engine.layers import forward_matrix, pull_back, push
 from attack.engine.mean_field import QuickWalk, _Jointly
 from attack.engine.stripes import Stripes
 from attack.engine.target import prepare
-from attack.engine.walk import walk_back
+from attack.engine.walk import FullWalk
 from tests.attack.toys import example, observe, told
 
 CONVOLUTIONS = {
@@ -53,13 +53,32 @@ def test_quick_walk_is_near_the_full_one(name):
     links, seen = trace(target.model, target.input_shape), []
     walk = QuickWalk(links)
     quick = walk(target, context, lambda iteration, x: seen.append((iteration, x.clone())))
-    full = walk_back(target, links, context)
+    full = FullWalk(links)(target, context)
     truth = inputs.double().flatten()
     for belief in (quick, full):
         assert float((belief.mean - truth).square().mean()) <= 10 * belief.variance + 1e-12
     assert quick.variance <= 100 * full.variance + 1e-12
     assert torch.allclose(walk(target, context).mean, quick.mean, atol=10 * quick.variance**0.5, rtol=0)
     assert [at for at, _ in seen] == list(range(len(seen))) and seen[-1][1].equal(quick.mean)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("name", ["convolution", "sigmoid", "tanh"])
+def test_gradient_near_by_is_walked_back_as_if_in_full(name, holes):
+    model, inputs, labels = example(name)
+    seen = observe(model, inputs, labels)
+    if holes:
+        seen.known[3] = 0
+    target = prepare(seen, told(name, inputs), device=torch.device("cpu"))
+    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    walk, links = FullWalk(trace(target.model, target.input_shape)), trace(target.model, target.input_shape)
+    first = walk(target, context)
+    moved = inputs + 1e-5 * torch.randn(inputs.shape, generator=context.generator)
+    near = target.replay(moved, labels)
+    again, afresh = walk.again(near, context), FullWalk(links)(near, context)
+    deviation = afresh.variance**0.5 + 1e-7
+    assert torch.linalg.vector_norm(again - afresh.mean) <= deviation * len(again) ** 0.5
+    assert not torch.allclose(first.mean, again, atol=1e-7)  # it did move
 
 
 def test_gradient_with_holes_is_left_to_the_full_walk():

@@ -4,9 +4,11 @@
         model.{name}                   parameters and buffers
         optimizer.{parameter}.{name}   tensors of the optimizer's state, by index of the parameter
         metadata["gradtap"]            JSON: step, and the options that must be the same to go on
+    RUN/checkpoints/step{S}.rank{R}.safetensors
+        {name}                         what the defense of each rank remembers, where it remembers anything
 
 Random draws need no state: each is derived from (seed, purpose, step); nor do schedules, which the step fixes. Written
-by rank 0, whole or not at all.
+by rank 0, but for what each rank's defense remembers; whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from harness.config import TrainConfig
+from harness.defenses import State
 from harness.errors import CheckpointError
 from harness.models import UpdateRule
 from harness.tensors import save_tensors
@@ -42,12 +46,41 @@ def save_checkpoint(
     return file
 
 
-def last_checkpoint(run: Path) -> Path:
-    """The file of the latest step. Raises: CheckpointError, where there is none."""
+def save_remembered(run: Path, *, step: int, rank: int, remembered: State) -> None:
+    """Writes what a rank's defense remembers after `step` steps."""
+    save_tensors(remembered, _beside(run / "checkpoints" / f"step{step}.safetensors", rank))
+
+
+def load_remembered(file: Path, *, rank: int, like: State) -> State:
+    """What a rank's defense remembered when the checkpoint `file` was written.
+
+    Args:
+        like: tensors of the same names and shapes.
+
+    Raises: CheckpointError, naming the file.
+    """
+    own = _beside(file, rank)
+    try:
+        found = load_file(own)
+    except Exception as error:  # as below
+        raise CheckpointError(f"{own}: cannot be read: {error}") from error
+    shapes = {name: tensor.shape for name, tensor in like.items()}
+    if {name: tensor.shape for name, tensor in found.items()} != shapes:
+        raise CheckpointError(f"{own}: wanted {', '.join(shapes)} as the defense has them, got {', '.join(found)}")
+    return found
+
+
+def last_checkpoint(run: Path, *, ranks: int = 0) -> Path:
+    """The file of the latest step that is whole. Raises: CheckpointError, where there is none.
+
+    Args:
+        ranks: how many have a file of their own beside it.
+    """
     found = {
         int(match[1]): file
         for file in (run / "checkpoints").glob("step*.safetensors")
         if (match := re.fullmatch(r"step(\d+)\.safetensors", file.name))
+        and all(_beside(file, rank).exists() for rank in range(ranks))
     }
     if not found:
         raise CheckpointError(f"{run}: no checkpoint to go on from; train with --checkpoint-every N first")
@@ -85,6 +118,10 @@ def load_checkpoint(file: Path, *, model: nn.Module, rule: UpdateRule, config: T
         raise CheckpointError(f"{file}: does not fit the model: {error}") from error
     rule.resume(state, steps_done=int(identity["step"]))
     return int(identity["step"])
+
+
+def _beside(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.stem}.rank{rank}.safetensors")
 
 
 def _identity(config: TrainConfig, world_size: int) -> dict[str, object]:

@@ -35,6 +35,9 @@ class TrainConfig:
     e.g. sgd:lr=0.1,momentum=0.9 or clip:norm=1+adamw:lr=0.001+cosine:T_max=100."""
     loss: str = "cross_entropy"
     """Loss, mean over the batch."""
+    defense: str = ""
+    """What each rank does to its gradient before it leaves: links with + between them, from left to right, e.g.
+    clip:1.0+noise-gaussian:1e-3, prune:0.9, topk-dgc:0.99, int8, int8:rounding=stochastic, sign (docs/defenses.md)."""
     exchange: str = "zeromq"
     """How the ranks average: zeromq (parameter server), allreduce (torch.distributed), ddp (stock
     DistributedDataParallel)."""

@@ -4,6 +4,7 @@
     ├── ConfigError        a person set something that cannot be (also a ValueError)
     ├── DataError          a data set is missing, damaged or of another format
     ├── CheckpointError    a checkpoint is missing, damaged or of another run
+    ├── DefenseError       a gradient cannot be defended as it was asked for
     └── ExchangeError      the exchange with the peers failed
         ├── DeadlineError  a peer did not answer in time; names rank, step, wanted and got
         └── PeerError      a peer said something that it must not say, or said that it failed
@@ -26,6 +27,10 @@ class DataError(GradtapError):
 
 class CheckpointError(GradtapError):
     """A checkpoint that is missing, damaged or of another run."""
+
+
+class DefenseError(GradtapError):
+    """A gradient that cannot be defended as it was asked for."""
 
 
 class ExchangeError(GradtapError):

@@ -1,4 +1,4 @@
-"""A batch -> the gradient of its mean loss, as one flat vector. Knows nothing of peers, defenses or wires."""
+"""A batch -> the gradient of its mean loss, or of each example's, flat. Knows nothing of peers, defenses or wires."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
 
-from harness.types import Batch, Gradients
+from harness.errors import ConfigError
+from harness.types import Batch, ExampleGradients, Gradients
 
 
 def mean_gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Gradients:
@@ -27,3 +29,36 @@ def mean_gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], ba
     )
     correct = (outputs.detach().argmax(1) == batch.labels).float().mean().item()
     return Gradients(loss=value.item(), correct=correct, flat=flat)
+
+
+def example_gradients(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> ExampleGradients:
+    """The gradient of `loss` of each example by itself; their mean is `mean_gradient`'s to rounding.
+
+    Raises: ConfigError for a model whose examples depend on each other, or that torch cannot map over examples.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"defense clip-examples: layer {name} normalizes by the batch, so no gradient is one example's; take a "
+                "model without batch norm"
+            )
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def one(parameters: dict[str, Tensor], inputs: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = functional_call(model, parameters, (inputs[None],))
+        return loss(outputs, label[None]), outputs[0]
+
+    try:
+        # What draws at random, such as dropout, draws for each example by itself.
+        mapped = vmap(grad_and_value(one, has_aux=True), in_dims=(None, 0, 0), randomness="different")
+        gradients, (losses, outputs) = mapped(parameters, batch.inputs, batch.labels)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"defense clip-examples: this model's gradient cannot be had for each example: {error}"
+        ) from error
+    size = len(batch.labels)
+    return ExampleGradients(
+        loss=losses.mean().item(),
+        correct=(outputs.argmax(1) == batch.labels).float().mean().item(),
+        examples=torch.cat([gradients[name].reshape(size, -1) for name in parameters], dim=1),
+    )

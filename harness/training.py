@@ -1,4 +1,5 @@
-"""One rank's training: batch -> gradient -> exchange -> update, step after step. Knows no socket and no listener."""
+"""One rank's training: batch -> gradient -> defenses -> exchange -> update, step after step. Knows no socket, and not
+who listens."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from harness.checkpoint import last_checkpoint, load_checkpoint, load_remembered, save_checkpoint, save_remembered
 from harness.config import TrainConfig
 from harness.data import Dataset, batch_at, load_data
+from harness.defenses import Moment, load_defense
 from harness.errors import ConfigError
 from harness.exchange.base import Exchange
-from harness.gradients import mean_gradient
+from harness.gradients import example_gradients, mean_gradient
 from harness.models import LOSSES, MODELS, load_model, load_optimizer
 from harness.models.spec import parse_spec
 from harness.runlog import RunLog
@@ -54,17 +56,30 @@ class Trainer:
             self.rule = load_optimizer(config.optimizer, self.model.parameters())
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        self.defense = load_defense(config.defense)
+        if self.defense.momentum and self.rule.momentum:
+            raise ConfigError(
+                f"defense {config.defense!r} has momentum in place of the optimizer's, and {config.optimizer!r} too; "
+                "take sgd:lr=... without momentum, or topk-dgc:...,momentum=0"
+            )
+        self.sizes = tuple(parameter.numel() for parameter in self.model.parameters())
+        self.remembered = self.defense.begin(self.sizes)
+        """What the defense keeps from step to step."""
         self.steps_done = 0
 
     def resume(self, run: Path) -> None:
         """Goes on from the last checkpoint of this run. Raises: CheckpointError."""
+        ranks = self.world_size if self.remembered else 0
+        file = last_checkpoint(run, ranks=ranks)
         self.steps_done = load_checkpoint(
-            last_checkpoint(run),
+            file,
             model=self.model,
             rule=self.rule,
             config=self.config,
             world_size=self.world_size,
         )
+        if ranks:
+            self.remembered = load_remembered(file, rank=self.rank, like=self.remembered)
 
     def train(
         self, exchange: Exchange, *, run: Path | None = None, progress: Callable[[int, Gradients], Any] | None = None
@@ -86,35 +101,42 @@ class Trainer:
                 if progress is not None:
                     progress(self.steps_done - 1, gradients)
                 every = self.config.checkpoint_every
-                if run and every and self.rank == 0 and self.steps_done % every == 0:
+                if run and every and self.steps_done % every == 0:
                     self.save(run)
         finally:
             if log:
                 log.close()
 
-    def save(self, run: Path) -> Path:
-        """Writes a checkpoint of this moment."""
-        return save_checkpoint(
-            run,
-            step=self.steps_done,
-            model=self.model,
-            rule=self.rule,
-            config=self.config,
-            world_size=self.world_size,
-        )
+    def save(self, run: Path) -> None:
+        """Writes this rank's part of a checkpoint of this moment: what its defense remembers; rank 0 the rest, too."""
+        if self.remembered:
+            save_remembered(run, step=self.steps_done, rank=self.rank, remembered=self.remembered)
+        if self.rank == 0:
+            save_checkpoint(
+                run,
+                step=self.steps_done,
+                model=self.model,
+                rule=self.rule,
+                config=self.config,
+                world_size=self.world_size,
+            )
 
     def _step(self, exchange: Exchange, log: RunLog | None) -> Gradients:
         step, clock = self.steps_done, _Clock()
         batch = self._batch(step)
         # Dropout and the like draw from the global generator: the same at this rank and step, resumed or not.
         torch.manual_seed(derive(self.config.seed, "forward", self.rank, step))
-        gradients = mean_gradient(self.model, self.loss, batch)
+        gradients, exposed = self._gradient(batch, step)
         clock.lap("gradient")
         if log and self.config.truth:
             log.truth(step, batch=batch, gradient=gradients.flat, model=self.model)
             clock.lap("truth")
         before = exchange.traffic.bytes_out, exchange.traffic.bytes_in
-        average = exchange.average(gradients.flat, step=step)
+        sent, self.remembered = self.defense(
+            exposed, self.sizes, self.remembered, seed=self.config.seed, rank=self.rank, step=step
+        )
+        clock.lap("defense")
+        average = exchange.average(sent, step=step).to(self.device)
         clock.lap("exchange")
         self._update(average)
         clock.lap("update")
@@ -128,6 +150,16 @@ class Trainer:
             )
         self.steps_done += 1
         return gradients
+
+    def _gradient(self, batch: Batch, step: int) -> tuple[Gradients, Tensor]:
+        """The rank's own gradient, and what the defense makes of its examples' where it does."""
+        of_examples = self.defense.of_examples
+        if of_examples is None:
+            gradients = mean_gradient(self.model, self.loss, batch)
+            return gradients, gradients.flat
+        each = example_gradients(self.model, self.loss, batch)
+        moment = Moment(seed=self.config.seed, rank=self.rank, step=step)
+        return each.mean(), of_examples(each.examples, moment)
 
     def _update(self, average: Tensor) -> None:
         at = 0

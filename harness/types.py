@@ -18,6 +18,22 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExampleGradients:
+    """The gradient of each example's own loss, for what takes part before their mean."""
+
+    loss: float
+    """Mean loss over the rank's batch."""
+    correct: float
+    """Share of the rank's batch whose largest output is its label, 0 to 1."""
+    examples: Tensor
+    """float32, shape (batch, parameters), in `model.parameters()` order."""
+
+    def mean(self) -> Gradients:
+        """The gradient of the mean loss."""
+        return Gradients(loss=self.loss, correct=self.correct, flat=self.examples.mean(0))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Gradients:
     """The gradient of a rank's own mean loss."""
 

@@ -1,16 +1,21 @@
 """`torch.distributed` all-reduce of flat buckets: the plain collective, without DistributedDataParallel around it.
 
+A gradient coded in floats of two bytes is reduced in these; any other code is gathered (`harness.exchange.gathering`).
+
 Gloo on CPU, NCCL where the gradient lies on a CUDA device. Knows vectors and buckets; the sum's order is the backend's.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.exchange.base import flat_state, load_flat_state
-from harness.exchange.process_group import BUCKET_BYTES, ProcessGroupExchange, all_reduced_bytes
+from harness.exchange.chunks import shard_chunks
+from harness.exchange.process_group import BUCKET_BYTES, ProcessGroupExchange, all_reduced_bytes, short_floats
+from harness.wire.coded import Coded
 
 
 class AllReduceExchange(ProcessGroupExchange):
@@ -29,15 +34,30 @@ class AllReduceExchange(ProcessGroupExchange):
         else:
             self.traffic.bytes_in += state.numel() * 4
 
-    def average(self, gradient: Tensor, *, step: int) -> Tensor:
+    def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         self._step = step
-        self._sum.copy_(gradient.detach())
+        if isinstance(gradient, Tensor):
+            self._sum.copy_(gradient.detach())
+            return self._reduce(self._sum).div_(self.world_size)
+        short = short_floats(gradient)
+        if short is not None:
+            # Divided first, as torch's own hooks for such floats do: their sum could be beyond the largest.
+            self._sum.copy_(self._reduce(short.to(self._sum.device).div_(self.world_size)))
+            return self._sum
+        average, chunks = np.empty(gradient.size, np.float32), shard_chunks(gradient.size, index=0, servers=1)
         with self._one_line(f"gradients of all {self.world_size} ranks"):
-            works = [dist.all_reduce(bucket, async_op=True) for bucket in torch.split(self._sum, BUCKET_BYTES // 4)]
+            self.gathering.average(gradient, chunks, step=step, into=average)
+        return torch.from_numpy(average)
+
+    def _reduce(self, summed: Tensor) -> Tensor:
+        """Sums over the ranks, in place."""
+        size = summed.element_size()
+        with self._one_line(f"gradients of all {self.world_size} ranks"):
+            works = [dist.all_reduce(bucket, async_op=True) for bucket in torch.split(summed, BUCKET_BYTES // size)]
             for work in works:
                 if work is not None:
                     work.wait()
-        moved = all_reduced_bytes(self._sum.numel(), rank_count=self.world_size)
+        moved = all_reduced_bytes(summed.numel(), rank_count=self.world_size, element_bytes=size)
         self.traffic.bytes_out += moved
         self.traffic.bytes_in += moved
-        return self._sum.div_(self.world_size)
+        return summed

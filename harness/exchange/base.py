@@ -10,8 +10,12 @@ import dataclasses
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from harness.wire.coded import Coded
+from harness.wire.dense import Dense
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -43,11 +47,12 @@ class Exchange(abc.ABC):
         """
 
     @abc.abstractmethod
-    def average(self, gradient: Tensor, *, step: int) -> Tensor:
+    def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         """The mean of all ranks' gradients at this step.
 
         Args:
-            gradient: float32, shape (parameters,), contiguous. The caller may overwrite it as soon as this returns.
+            gradient: float32, shape (parameters,), contiguous; the caller may overwrite it as soon as this returns. Or
+                coded, of as many elements, and so it travels; the mean is that of what the code says.
 
         Returns:
             float32, shape (parameters,), the same bits on every rank. Valid until the next call of `average`.
@@ -64,6 +69,18 @@ class Exchange(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def as_coded(gradient: Tensor | Coded) -> Coded:
+    """A tensor as the dense code of itself, which shares its memory where that is on the CPU."""
+    if not isinstance(gradient, Tensor):
+        return gradient
+    return Dense(np.ascontiguousarray(gradient.detach().cpu().numpy(), "<f4"))
+
+
+def as_tensor(gradient: Tensor | Coded) -> Tensor:
+    """float32, shape (parameters,): what a coded gradient says."""
+    return gradient.detach() if isinstance(gradient, Tensor) else torch.from_numpy(gradient.values())
 
 
 def flat_state(model: nn.Module) -> Tensor:

@@ -5,25 +5,41 @@ carrier around the model whose backward hands each parameter exactly its part of
 buckets, buffer broadcasts and traffic are those of any DDP job that trains the same model; nothing of DDP is changed.
 DDP broadcasts rank 0's buffers before its forward pass; here the model's own has moved them by then, so DDP gets those
 from before, and the model has its own back afterwards.
+
+A coded gradient travels by a communication hook: floats of two bytes are reduced in these, as torch's own hooks do
+(fp16_compress_hook; bf16_compress_hook refuses Gloo); for any other code each bucket's parameters are gathered as they
+were coded (`harness.exchange.gathering`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ExchangeError
-from harness.exchange.process_group import ProcessGroupExchange, all_reduced_bytes
+from harness.exchange.base import as_tensor
+from harness.exchange.chunks import LARGE_CHUNK, Chunk
+from harness.exchange.process_group import ProcessGroupExchange, all_reduced_bytes, short_floats
+from harness.wire.coded import Coded
 
 
 class DDPExchange(ProcessGroupExchange):
     """One rank of a stock DDP job. Uses the parameters' `.grad`, and leaves them None."""
 
     _ddp: DistributedDataParallel | None = None
+    _hook: Callable[..., torch.futures.Future[Tensor]] | None = None
+    _coded: Coded
+    _mean: np.ndarray
+    """What is being averaged, and where to."""
+    _chunks: dict[int, list[Chunk]]
+    """By the id of a parameter: how its part of a coded gradient is cut."""
 
     def start(self, model: nn.Module, *, step: int) -> None:
         """See `Exchange.start`. Also raises ExchangeError where a parameter is frozen: stock DDP would not send it."""
@@ -32,6 +48,11 @@ class DDPExchange(ProcessGroupExchange):
             if not parameter.requires_grad:
                 raise ExchangeError(f"rank {self.rank}: stock DDP does not average {name}, which is frozen")
         self._parameters = list(model.parameters())
+        at, self._chunks = 0, {}
+        for parameter in self._parameters:
+            cut = range(at, at + parameter.numel(), LARGE_CHUNK)
+            at += parameter.numel()
+            self._chunks[id(parameter)] = [Chunk(begin, min(LARGE_CHUNK, at - begin)) for begin in cut]
         with self._one_line("weights of rank 0"):
             self._ddp = DistributedDataParallel(Carrier(model))
         self._buffers = list(model.buffers())
@@ -43,8 +64,11 @@ class DDPExchange(ProcessGroupExchange):
         self._ddp = None
         super().close()
 
-    def average(self, gradient: Tensor, *, step: int) -> Tensor:
+    def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         self._step = step
+        if not isinstance(gradient, Tensor):
+            self._coded, self._mean = gradient, np.empty(gradient.size, np.float32)
+            gradient = self._hooked(gradient)
         for parameter in self._parameters:
             parameter.grad = None
         assert self._ddp is not None, "start comes first"
@@ -58,14 +82,45 @@ class DDPExchange(ProcessGroupExchange):
         for parameter in self._parameters:
             parameter.grad = None
         average = torch.cat([part.reshape(-1) for part in averages])
-        moved = all_reduced_bytes(average.numel(), rank_count=self.world_size)
-        self.traffic.bytes_out += moved
-        self.traffic.bytes_in += moved
+        if self._hook != self._gather_bucket:  # which counts what it moves
+            size = 4 if self._hook is None else 2
+            moved = all_reduced_bytes(average.numel(), rank_count=self.world_size, element_bytes=size)
+            self.traffic.bytes_out += moved
+            self.traffic.bytes_in += moved
         return average
 
     def _set_buffers(self, values: list[Tensor]) -> None:
         for buffer, value in zip(self._buffers, values, strict=True):
             buffer.copy_(value)
+
+    def _hooked(self, coded: Coded) -> Tensor:
+        """What the backward pass is to hand to DDP, whose hook then sends it as it was coded."""
+        assert self._ddp is not None, "start comes first"
+        short = short_floats(coded)
+        if self._hook is None:
+            if short is None:
+                self._hook = self._gather_bucket
+            else:
+                self._short, self._hook = short.dtype, self._reduce_bucket
+            self._ddp.register_comm_hook(None, self._hook)
+        return as_tensor(coded).to(self._parameters[0].device)
+
+    def _reduce_bucket(self, _, bucket):  # torch refuses annotations that are texts
+        """DDP's hook: the mean over the ranks in floats of two bytes."""
+        buffer = bucket.buffer()
+        short = buffer.to(self._short).div_(self.world_size)
+        future = all_reduce(short, async_op=True).get_future()
+        return future.then(lambda _: buffer.copy_(short))
+
+    def _gather_bucket(self, _, bucket):
+        """DDP's hook: the mean over the ranks of what the code says of a bucket's parameters."""
+        chunks = [chunk for parameter in bucket.parameters() for chunk in self._chunks[id(parameter)]]
+        self.gathering.average(self._coded, chunks, step=self._step, into=self._mean)
+        parts = [self._mean[chunk.at : chunk.at + chunk.size] for chunk in chunks]
+        buffer = bucket.buffer()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer.copy_(torch.from_numpy(np.concatenate([*parts, np.empty(0, np.float32)]))))
+        return done
 
 
 class Carrier(nn.Module):

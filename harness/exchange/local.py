@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import DeadlineError, PeerError
-from harness.exchange.base import Exchange, Traffic, flat_state, load_flat_state
+from harness.exchange.base import Exchange, Traffic, as_tensor, flat_state, load_flat_state
+from harness.wire.coded import Coded
 
 
 def mean_of(gradients: list[Tensor]) -> Tensor:
@@ -40,8 +41,9 @@ class LocalExchange(Exchange):
         states = self._table.meet("weights", step, self.rank, flat_state(model), self._deadline_s)
         load_flat_state(model, states[0])
 
-    def average(self, gradient: Tensor, *, step: int) -> Tensor:
-        return mean_of(self._table.meet("gradient", step, self.rank, gradient.detach().clone(), self._deadline_s))
+    def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
+        mine = as_tensor(gradient).clone()
+        return mean_of(self._table.meet("gradient", step, self.rank, mine, self._deadline_s))
 
     def close(self) -> None:
         self._table.leave(self.rank)

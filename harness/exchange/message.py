@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from harness.wire import Header
+from harness.wire.codec import decode
 
 
 class Message(NamedTuple):
@@ -18,9 +19,11 @@ class Message(NamedTuple):
     still needs is read-only."""
 
     def values(self) -> np.ndarray:
-        """The payload as float32: a view where it is aligned, as small frames lie anywhere in libzmq's own buffer."""
-        values = np.frombuffer(self.payload, "<f4")
-        return values if values.flags.aligned else values.copy()
+        """What the payload says, as float32: a view of it where it is dense and aligned, else memory of its own.
+
+        Raises: WireError where it is not what the header says.
+        """
+        return decode(self.header.codec, self.header.count, self.header.params, self.payload).values
 
     def words(self) -> str:
         """The payload of an ERROR as one short line, whatever the peer sent."""

@@ -9,7 +9,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,11 +19,16 @@ import torch.distributed as dist
 # torch._dynamo, once the group is there, which then outlives `destroy_process_group`, with Gloo's threads: one of them
 # may want the interpreter's lock while that ends, and aborts the process (seen with torch 2.13). So it comes first.
 import torch.distributed.nn
+from torch import Tensor
 
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic
+from harness.exchange.gathering import Gathering
 from harness.exchange.rendezvous import Meeting
+from harness.wire.coded import Coded
 
+SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+"""By the name of their code."""
 BUCKET_BYTES = 25 << 20
 """DistributedDataParallel's default (`bucket_cap_mb=25`)."""
 
@@ -50,6 +57,13 @@ class ProcessGroupExchange(Exchange):
             self._meeting = None
             dist.destroy_process_group()
 
+    @cached_property
+    def gathering(self) -> Gathering:
+        """How coded gradients are averaged here."""
+        assert self._meeting is not None, "not after close"
+        run = self._meeting.agree_on_run()
+        return Gathering(run=run, rank=self.rank, world_size=self.world_size, traffic=self.traffic)
+
     @contextmanager
     def _one_line(self, wanted: str) -> Iterator[None]:
         """torch raises RuntimeError, with paths and a C++ trace in it, whatever went wrong."""
@@ -65,6 +79,14 @@ class ProcessGroupExchange(Exchange):
             raise PeerError(f"{where}: wanted {wanted}, got: {got}; a rank is gone") from error
 
 
-def all_reduced_bytes(elements: int, *, rank_count: int) -> int:
-    """Payload bytes that each rank sends, and receives, in a ring all-reduce of float32."""
-    return 2 * (rank_count - 1) * elements * 4 // rank_count
+def all_reduced_bytes(elements: int, *, rank_count: int, element_bytes: int = 4) -> int:
+    """Payload bytes that each rank sends, and receives, in a ring all-reduce."""
+    return 2 * (rank_count - 1) * elements * element_bytes // rank_count
+
+
+def short_floats(gradient: Coded) -> Tensor | None:
+    """A gradient coded in floats of two bytes as a tensor of these, which torch can sum; None: another code."""
+    if gradient.codec not in SHORT_FLOATS:
+        return None
+    payload = gradient.part(0, gradient.size).payload
+    return torch.from_numpy(payload.view(np.int16).copy()).view(SHORT_FLOATS[gradient.codec])

@@ -20,6 +20,7 @@ from harness.errors import PeerError
 from harness.exchange.chunks import WINDOW, Chunk, shard_chunks
 from harness.exchange.message import Message
 from harness.wire import SERVER_RANK, Header, Kind, Layout, WireError
+from harness.wire.codec import READERS
 
 Outgoing = tuple[int, Message]
 """A message, and the rank that it is for."""
@@ -146,7 +147,10 @@ class Shard:
             raise self._broken(sender, header, f"at most {WINDOW} chunks unanswered")
         if self.gone:
             raise PeerError(f"{name_ranks(self.gone)} left before step {self.step}, rank {sender} did not")
-        average = self._open[chunk].add(sender, message)
+        try:
+            average = self._open[chunk].add(sender, message)
+        except WireError as error:
+            raise PeerError(f"rank {sender}: a gradient of step {self.step} for {chunk}: {error}") from error
         if average is None:
             return []
         del self._open[chunk]
@@ -166,11 +170,11 @@ class Shard:
         return shard_chunks(total, index=self._index, servers=self._servers)
 
     def _fits(self, header: Header, *, weights: bool) -> bool:
-        """Whether a chunk is one of the vector that this model has, coded as this server understands it."""
+        """Whether a chunk is one of the vector that this model has; a gradient may be coded."""
         layout = self.joined[0]
         total = layout.parameter_count + (layout.buffer_count if weights else 0)
-        agreed = (header.step, header.total, header.dtype, header.codec)
-        return agreed == (self.step, total, "float32", "dense")
+        agreed = (header.step, header.total, header.dtype)
+        return agreed == (self.step, total, "float32") and header.codec in (("dense",) if weights else READERS)
 
     def _header(self, kind: Kind, *, like: Header | None = None, size: int = 0) -> Header:
         assert self.run is not None  # nobody is spoken to before somebody has said HELLO
@@ -184,7 +188,7 @@ class Shard:
             at=like.at,
             count=like.count,
             total=like.total,
-            size=like.size,
+            size=4 * like.count,
         )
 
     def _broken(self, sender: int, header: Header, wanted: str) -> PeerError:
@@ -221,7 +225,8 @@ class ChunkSum:
 
     def _add_next(self, message: Message) -> None:
         part = message.values()
-        payload = part if part.base is None else message.payload  # a copy, where the frame was not aligned
+        # Memory of its own, where the frame was not aligned or not dense.
+        payload = message.payload if message.header.codec == "dense" and part.base is not None else part
         self._added += 1
         if self._sum is None:
             self._sum, self._payload = part, payload

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,13 +22,17 @@ import zmq
 from torch import Tensor, nn
 
 from harness.errors import DeadlineError, ExchangeError, PeerError
-from harness.exchange.base import Exchange, Traffic, flat_state, load_flat_state, state_tensors
+from harness.exchange.base import Exchange, Traffic, as_coded, flat_state, load_flat_state, state_tensors
 from harness.exchange.chunks import WINDOW, Chunk, Landing
 from harness.exchange.message import Message
 from harness.exchange.rendezvous import Meeting
 from harness.exchange.transport import Watch, keep_freed_memory, open_socket, receive, send, unpack
 from harness.exchange.zeromq_server import LAST_WORDS_S, ShardServer, identity
 from harness.wire import Header, Kind, Layout, WireError
+from harness.wire.coded import Coded
+from harness.wire.dense import Dense
+
+NOTHING = Dense(np.empty(0, np.float32))
 
 
 class ZeroMQExchange(Exchange):
@@ -67,7 +71,8 @@ class ZeroMQExchange(Exchange):
         """Servers whose connection has ended."""
         self._delivered: deque[Message] = deque()
         """What the own server said to its owner."""
-        self._gradient = self._result = np.empty(0, np.float32)
+        self._gradient: Coded = NOTHING
+        self._result = np.empty(0, np.float32)
         self._landing = Landing(self._result, servers=len(self._endpoints))
         self._context, self._poller = zmq.Context(), zmq.Poller()
         self._sockets: dict[int, zmq.Socket] = {}
@@ -116,7 +121,7 @@ class ZeroMQExchange(Exchange):
                 self._say(server, Message(self._header(Kind.HELLO, size=len(hello)), hello))
             self._run_until(lambda: self._welcomed.issuperset(self._servers))
             if self.rank == 0:
-                state = flat_state(model).cpu().numpy()
+                state = as_coded(flat_state(model))
                 for server in self._servers:
                     while (chunk := self._landing.next_to_send(server)) is not None:
                         self._say(server, self._chunk(state, chunk))
@@ -125,19 +130,20 @@ class ZeroMQExchange(Exchange):
                 load_flat_state(model, torch.from_numpy(self._landing.vector))
         self._result = np.empty(layout.parameter_count, np.float32)
 
-    def average(self, gradient: Tensor, *, step: int) -> Tensor:
+    def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         self._step, self._kind = step, Kind.AVERAGE
         # Nothing reads the caller's gradient once every average is here, as those were made of it; and nothing but
         # this copies into the result, so that both may be used again in the next step.
-        self._gradient = np.ascontiguousarray(gradient.detach().cpu().numpy(), "<f4")
+        self._gradient = as_coded(gradient)
         self._landing = Landing(self._result, servers=len(self._endpoints))
         with self._telling_peers():
             for _ in range(WINDOW):
                 for server in self._servers:
                     self._send_next(server)
             self._run_until(lambda: self._landing.missing() is None)
-        self._gradient = np.empty(0, np.float32)  # the caller's memory is the caller's: not kept, nor freed later on
-        return torch.from_numpy(self._result).to(gradient.device)
+        self._gradient = NOTHING  # the caller's memory is the caller's: not kept, nor freed later on
+        average = torch.from_numpy(self._result)
+        return average.to(gradient.device) if isinstance(gradient, Tensor) else average
 
     def close(self) -> None:
         if self._context.closed:
@@ -254,15 +260,21 @@ class ZeroMQExchange(Exchange):
             send(self._sockets[server], message)
             self.traffic.bytes_out += message.header.size
 
-    def _chunk(self, vector: np.ndarray, chunk: Chunk) -> Message:
-        payload = vector[chunk.at : chunk.at + chunk.size]
-        payload.flags.writeable = False  # the caller's; the own server must not add in it
-        kind = Kind.WEIGHTS if self._kind is Kind.WEIGHTS else Kind.GRADIENT
-        header = self._header(kind, at=chunk.at, count=chunk.size, total=len(vector), size=payload.nbytes)
+    def _chunk(self, vector: Coded, chunk: Chunk) -> Message:
+        codec, params, payload = vector.part(chunk.at, chunk.size)
+        header = self._header(
+            Kind.WEIGHTS if self._kind is Kind.WEIGHTS else Kind.GRADIENT,
+            at=chunk.at,
+            count=chunk.size,
+            total=vector.size,
+            codec=codec,
+            params=params,
+            size=memoryview(payload).nbytes,
+        )
         return Message(header, payload)
 
-    def _header(self, kind: Kind, **fields: int) -> Header:
-        return Header(kind=kind, run=self._run, rank=self.rank, step=self._step, **fields)  # type: ignore[arg-type]
+    def _header(self, kind: Kind, **fields: Any) -> Header:
+        return Header(kind=kind, run=self._run, rank=self.rank, step=self._step, **fields)
 
     @property
     def _where(self) -> str:

@@ -65,6 +65,11 @@ class UpdateRule:
         """Whether it changes the gradients, before it takes a step."""
         return self._max_norm is not None or self._max_value is not None
 
+    @property
+    def momentum(self) -> bool:
+        """Whether it is SGD with momentum."""
+        return any(group.get("momentum", 0) for group in self._optimizer.param_groups)
+
     def zero_grad(self) -> None:
         """Lets go of the gradients."""
         self._optimizer.zero_grad(set_to_none=True)

@@ -19,6 +19,9 @@ Ranks are DEALER sockets, servers ROUTER sockets; the routing identity is the ra
 
 Chunks may arrive in any order. The weights' vector is all parameters, then all floating-point buffers; a gradient's is
 the parameters alone, so the two have different totals and different shard borders. Either side may send ERROR and go.
+
+Weights and averages are dense. A GRADIENT may be coded (`codec`), each rank as it likes; `params` then says what a
+reader needs beside the payload, and of a defended one, under `defense`, the chain of defenses that made it.
 """
 
 from harness.wire.layout import Layout

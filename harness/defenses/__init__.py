@@ -1,0 +1,20 @@
+"""What a rank may do to its gradient before it leaves: one idea a file, composed in order. See `base` and `chain`.
+
+| name             | what is sent                                         | file      | remembers          |
+| ---------------- | ---------------------------------------------------- | --------- | ------------------ |
+| `clip`           | at most so long                                      | `clip`    |                    |
+| `clip-examples`  | the mean of examples' gradients, each at most so long | `clip`    |                    |
+| `noise-gaussian`, `noise-laplace` | with noise added                    | `noise`   |                    |
+| `prune`          | the largest elements; the others are forgotten       | `prune`   |                    |
+| `topk`, `topk-dgc` | the largest elements; the others are kept for later | `topk`    | residual, velocity |
+| `fp16`, `bf16`   | floats of two bytes                                  | `half`    |                    |
+| `int8`           | a byte an element, a unit a tensor                   | `int8`    |                    |
+| `qsgd`           | whole levels of each bucket's norm                   | `qsgd`    |                    |
+| `ternary`        | -1, 0 or 1                                           | `ternary` |                    |
+| `sign`           | a bit an element                                     | `sign`    | residual           |
+"""
+
+from harness.defenses.base import Moment, Sizes, State
+from harness.defenses.chain import DEFENSES, Chain, load_defense
+
+__all__ = ["DEFENSES", "Chain", "Moment", "Sizes", "State", "load_defense"]

@@ -1,0 +1,77 @@
+"""What a defense is: a pure step from a rank's gradient to what it sends in its place.
+
+Three kinds, and in a chain they come in this order, each optional:
+
+    ExampleStep   the gradients of the batch's examples -> one gradient     clipping of each example
+    Step          a gradient -> a gradient                                  noise, clipping
+    Coder         a gradient -> a coded vector (`harness.wire`)             pruning, rounding, signs
+
+A step keeps nothing: what it remembers from one training step to the next comes in and goes out as `State`, and is part
+of a checkpoint; what it draws is fixed by `Moment`. It knows one rank, and nothing of peers, sockets or who listens.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from harness.seeding import wide_generator
+from harness.wire.coded import Coded
+
+State: TypeAlias = dict[str, Tensor]
+"""What a step remembers: flat tensors by name."""
+Sizes: TypeAlias = tuple[int, ...]
+"""Elements of each parameter, in `model.parameters()` order: where a flat gradient is cut into tensors."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Moment:
+    """Whose gradient it is, and when."""
+
+    seed: int
+    """Of the run. What hides behind a draw is as secret as this number: give a run that must hide something one of 128
+    random bits."""
+    rank: int
+    step: int
+    link: int = 0
+    """Place in the chain: two steps of one chain never share a draw."""
+
+    def generator(self) -> torch.Generator:
+        """The same at every call; another for every rank, step and place in the chain."""
+        return wide_generator(self.seed, "defense", self.link, self.rank, self.step)
+
+
+class Link:
+    """What the three kinds share."""
+
+    def begin(self, sizes: Sizes) -> State:
+        """What it remembers before the first step."""
+        return {}
+
+
+class ExampleStep(Link, abc.ABC):
+    """Takes part before the batch's mean."""
+
+    @abc.abstractmethod
+    def __call__(self, examples: Tensor, moment: Moment) -> Tensor:
+        """float32, shape (batch, parameters) -> float32, shape (parameters,): in place of their mean."""
+
+
+class Step(Link, abc.ABC):
+    """Takes part between the mean and the code."""
+
+    @abc.abstractmethod
+    def __call__(self, gradient: Tensor, state: State, moment: Moment) -> tuple[Tensor, State]:
+        """float32, shape (parameters,) -> the same, and what to remember. Neither argument is changed."""
+
+
+class Coder(Link, abc.ABC):
+    """Comes last."""
+
+    @abc.abstractmethod
+    def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
+        """float32, shape (parameters,), on the CPU -> what is sent, and what to remember. No argument is changed."""

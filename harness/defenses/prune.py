@@ -1,0 +1,54 @@
+"""Pruning by magnitude: of each tensor, a share of the elements, the smallest, is not sent, and forgotten.
+
+Of n elements the n - round(n * share) largest are sent; of two of one magnitude, which is not said.
+
+Public side: which elements were sent, exactly as they are; and that no other of the same tensor is larger in magnitude
+than the smallest of those.
+
+Reference: Zhu, Liu, Han 2019, Deep Leakage from Gradients, arXiv 1906.08935, section 5.2, gradient compression. What it
+cites keeps what was not sent for later: that is `topk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from torch import Tensor
+
+from harness.defenses.base import Coder, Moment, Sizes, State
+from harness.wire.coded import Coded, Float32
+from harness.wire.sparse import Sparse
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prune(Coder):
+    """Drops a share of each tensor."""
+
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+    def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
+        values = gradient.numpy()
+        places = largest(values, sizes, [size - round(size * self.share) for size in sizes])
+        return Sparse(values.size, places, values[places]), state
+
+
+def largest(values: Float32, sizes: Sizes, counts: list[int]) -> np.ndarray:
+    """Places of the `counts` elements of each tensor that are largest in magnitude; int64, ascending."""
+    found, at = [np.empty(0, np.int64)], 0
+    for size, count in zip(sizes, counts, strict=True):
+        if count:
+            magnitudes = np.abs(values[at : at + size])
+            order = np.argpartition(magnitudes, size - count) if count < size else np.arange(size)
+            found.append(np.sort(order[size - count :]) + at)
+        at += size
+    return np.concatenate(found)
+
+
+def check_share(share: float) -> None:
+    """Raises: ValueError."""
+    if not 0 <= share < 1:
+        raise ValueError(f"wanted a share of 0 or more and below 1, e.g. 0.9, got {share}")

@@ -1,0 +1,82 @@
+"""Top-k and deep gradient compression: of each tensor only the largest elements are sent, the others kept for later.
+
+    u = momentum * u + clip(gradient),   v = v + u,   sent = the largest of v;   where sent, v = u = 0
+
+    topk:0.99                  99 % are not sent at each step; plain error feedback
+    topk-dgc:0.99              the same with momentum correction, 0.9 unless said otherwise
+    momentum=M clip=N warmup=S the factor; a largest norm of the gradient; steps until the share is reached
+
+Momentum stands here in place of the optimizer's, which must have none. In the warm-up the share of what is sent falls
+exponentially from one quarter, as in the paper, by steps instead of epochs.
+
+Public side: what was sent, of which the eavesdropper knows the places. An element that was sent at the step before as
+well is exactly this step's gradient (but for clipping): nothing of it had been kept. Others hold what several steps
+left. So at the first step all that is sent is the gradient's.
+
+References: Lin et al. 2018, Deep Gradient Compression, arXiv 1712.01887, sections 3.1 to 3.3; Aji and Heafield 2017,
+Sparse communication, arXiv 1704.05021. Differs: the largest are found exactly, where the paper samples a threshold, so
+that a message's length tells nothing of the gradient; and the clipping threshold is as given, not divided by the square
+root of the number of ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from harness.defenses.base import Coder, Moment, Sizes, State
+from harness.defenses.clip import check_norm, shrink
+from harness.defenses.prune import check_share, largest
+from harness.wire.coded import Coded
+from harness.wire.sparse import Sparse
+
+FIRST_SENT = 0.25
+"""Share of the elements sent at the first step of a warm-up."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TopK(Coder):
+    """The largest elements, with all that they were not sent for."""
+
+    share: float
+    """Not sent."""
+    momentum: float = 0.0
+    clip: float | None = None
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: wanted 0 or more and below 1, got {self.momentum}")
+        if self.clip is not None:
+            check_norm(self.clip)
+        if type(self.warmup) is not int or self.warmup < 0:
+            raise ValueError(f"warmup: wanted a whole number of steps, got {self.warmup}")
+
+    def begin(self, sizes: Sizes) -> State:
+        names = ("residual", "velocity") if self.momentum else ("residual",)
+        return {name: torch.zeros(sum(sizes)) for name in names}
+
+    def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
+        if self.clip is not None:
+            gradient = gradient * shrink(torch.linalg.vector_norm(gradient), self.clip)
+        after = {}
+        if self.momentum:
+            gradient = after["velocity"] = torch.add(gradient, state["velocity"], alpha=self.momentum)
+        after["residual"] = state["residual"] + gradient
+        values = after["residual"].numpy()
+        sent = 1 - self.share_at(moment.step)
+        places = largest(values, sizes, [min(size, math.ceil(size * sent - 1e-9)) for size in sizes])
+        coded = Sparse(values.size, places, values[places])
+        for remembered in after.values():
+            remembered.numpy()[places] = 0
+        return coded, after
+
+    def share_at(self, step: int) -> float:
+        """Not sent at this step."""
+        if step >= self.warmup or 1 - self.share >= FIRST_SENT:
+            return self.share
+        return 1 - FIRST_SENT * ((1 - self.share) / FIRST_SENT) ** (step / self.warmup)

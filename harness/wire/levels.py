@@ -1,0 +1,113 @@
+"""Whole levels of a few bits, times a unit for each segment of the vector: int8, ternary, QSGD and signs.
+
+    params   {"bits": 1 | 2 | 4 | 8, "rounding": "nearest" | "stochastic" | "clipped" | "sign"}
+    payload  u32 segments; for each: u32 elements, float32 unit; then the levels, the lowest bits of a byte first
+    level    8, 4, 2 bits: two's complement; 1 bit: 1 is +1, 0 is -1
+    value    level * unit
+
+What a level says of the number behind it: `nearest`, that it lies within half a unit; `stochastic`, within one;
+`clipped`, as much, but that it may have been cut off before; `sign`, its sign alone. A segment is what shares a unit, a
+tensor or a bucket of it, as far as it lies in the chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.wire.coded import Decoded, Float32, Part, expect_size
+from harness.wire.message import WireError
+
+BITS = (1, 2, 4, 8)
+REACH = {"nearest": 0.5, "stochastic": 1.0, "clipped": np.inf, "sign": np.inf}
+"""Units that a number may lie from its level."""
+_SEGMENT = np.dtype([("elements", "<u4"), ("unit", "<f4")])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Levels:
+    """A vector of levels."""
+
+    levels: npt.NDArray[np.int8]
+    bits: int
+    rounding: str
+    borders: npt.NDArray[np.int64]
+    """Where segments begin, and where the last ends: ascending, from 0, shape (segments + 1,)."""
+    units: Float32
+    """Shape (segments,)."""
+
+    @property
+    def codec(self) -> str:
+        return "levels"
+
+    @property
+    def size(self) -> int:
+        return self.levels.size
+
+    def values(self) -> Float32:
+        return self.levels.astype(np.float32) * np.repeat(self.units, np.diff(self.borders))
+
+    def part(self, at: int, count: int) -> Part:
+        first = int(np.searchsorted(self.borders, at, side="right")) - 1
+        last = int(np.searchsorted(self.borders, at + count, side="left"))
+        table = np.empty(last - first, _SEGMENT)
+        table["elements"] = np.diff(np.clip(self.borders[first : last + 1], at, at + count))
+        table["unit"] = self.units[first:last]
+        table = table[table["elements"] > 0]
+        payload = np.uint32(len(table)).astype("<u4").tobytes() + table.tobytes()
+        packed = _pack(self.levels[at : at + count], self.bits)
+        return Part("levels", {"bits": self.bits, "rounding": self.rounding}, payload + packed)
+
+
+def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
+    """Raises: WireError, for segments that do not make up the chunk, or units that are not numbers."""
+    bits, rounding = params.get("bits"), params.get("rounding")
+    if type(bits) is not int or bits not in BITS or rounding not in REACH:
+        raise WireError(f"levels: wanted {BITS} bits and a rounding of {', '.join(REACH)}, got {bits!r}, {rounding!r}")
+    segments = int.from_bytes(payload[:4], "little")
+    begin = 4 + segments * _SEGMENT.itemsize
+    expect_size("levels", len(payload), begin + -(-count * bits // 8))
+    table = np.frombuffer(payload[4:begin], _SEGMENT)
+    units, lengths = table["unit"].astype(np.float32), table["elements"].astype(np.int64)
+    if int(lengths.sum()) != count or not (np.isfinite(units).all() and (units >= 0).all()):
+        raise WireError(f"levels: wanted segments of {count} elements with units of 0 or more, got others")
+    unit = np.repeat(units, lengths)
+    with np.errstate(all="ignore"):  # a unit that a sender made up
+        values = _unpack(np.frombuffer(payload[begin:], np.uint8), bits, count) * unit
+    if not np.isfinite(REACH[rounding]):
+        return Decoded(values, error=np.full(count, np.inf, np.float32))
+    # A level is the nearest as float32 tells: the quotient and the product are each rounded once.
+    slack = np.abs(values) * np.float32(2.0**-22)
+    return Decoded(values, error=np.float32(REACH[rounding]) * unit + slack)
+
+
+def _pack(levels: npt.NDArray[np.int8], bits: int) -> bytes:
+    if bits == 8:
+        return levels.tobytes()
+    if bits == 1:
+        return np.packbits(levels > 0, bitorder="little").tobytes()
+    per_byte = 8 // bits
+    codes = np.zeros(-(-levels.size // per_byte) * per_byte, np.uint8)
+    np.bitwise_and(levels.view(np.uint8), np.uint8((1 << bits) - 1), out=codes[: levels.size])
+    packed = codes[::per_byte].copy()
+    for place in range(1, per_byte):
+        packed |= codes[place::per_byte] << np.uint8(bits * place)
+    return packed.tobytes()
+
+
+def _unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.int8]:
+    if bits == 8:
+        return packed.view(np.int8)
+    if bits == 1:
+        return np.unpackbits(packed, count=count, bitorder="little").view(np.int8) * np.int8(2) - np.int8(1)
+    per_byte = 8 // bits
+    levels = np.empty(packed.size * per_byte, np.int8)
+    for place in range(per_byte):
+        # Up to the top of the byte, then down with the sign.
+        up = packed << np.uint8(8 - bits * (place + 1))
+        levels[place::per_byte] = up.view(np.int8) >> np.int8(8 - bits)
+    return levels[:count]

@@ -1,0 +1,138 @@
+"""What every defense promises on every exchange, with real processes: the mean of what each rank's code says, the same
+bits on every rank, and as many bytes as the formula predicts. A new one gets its tests by a row."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.defenses import load_defense
+from harness.exchange.base import as_tensor
+from harness.exchange.chunks import SMALL_CHUNK
+from harness.exchange.local import mean_of
+from tests.contracts.exchange_ranks import KINDS, Place, run_ranks
+
+WORLD, STEPS = 3, 3
+SHAPES = ((2, 3), (SMALL_CHUNK + 77,), (), (4, 0), (50,))
+"""More than one chunk."""
+SIZES = tuple(math.prod(shape) for shape in SHAPES)
+ELEMENTS = sum(SIZES)
+SPECS = (
+    "clip:1.0+noise-gaussian:0.1",
+    "prune:0.9",
+    "topk-dgc:0.99",
+    "fp16",
+    "bf16",
+    "int8",
+    "qsgd:7",
+    "ternary",
+    "sign",
+)
+
+
+class Model(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.parts = nn.ParameterList([torch.randn(shape, generator=generator) for shape in SHAPES])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one rank saw under one defense."""
+
+    averages: list[np.ndarray]
+    bytes_out: list[int]
+    """Of each step."""
+
+
+def sent_by(spec: str, rank: int) -> list[Tensor]:
+    """What a rank sends at each step."""
+    return [as_tensor(sent) for sent in protect(spec, rank)]
+
+
+def protect(spec: str, rank: int):
+    chain = load_defense(spec)
+    state = chain.begin(SIZES)
+    for step in range(STEPS):
+        gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(10 * step + rank))
+        sent, state = chain(gradient, SIZES, state, seed=0, rank=rank, step=step)
+        yield sent
+
+
+def train_all(place: Place) -> list[Seen]:
+    """The job of a rank: every defense, one after the other."""
+    return [train(place, round, spec) for round, spec in enumerate(SPECS)]
+
+
+def train(place: Place, round: int, spec: str) -> Seen:
+    averages, bytes_out = [], []
+    with place.open(round) as exchange:
+        exchange.start(Model(exchange.rank), step=0)
+        for step, sent in enumerate(protect(spec, exchange.rank)):
+            before = exchange.traffic.bytes_out
+            averages.append(exchange.average(sent, step=step).numpy().copy())
+            bytes_out.append(exchange.traffic.bytes_out - before)
+    return Seen(averages=averages, bytes_out=bytes_out)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def seen(request) -> tuple[str, dict[str, list[Seen]]]:
+    """The exchange, and for each defense what each rank saw."""
+    ranks, servers = run_ranks(request.param, WORLD, train_all, rounds=len(SPECS))
+    for rank in ranks:
+        if isinstance(rank, Exception):
+            raise rank
+    assert servers == [""] * len(servers)
+    return request.param, {spec: [rank[round] for rank in ranks] for round, spec in enumerate(SPECS)}
+
+
+def test_every_rank_has_the_same_bits(seen):
+    for ranks in seen[1].values():
+        for rank in ranks[1:]:
+            for mine, first in zip(rank.averages, ranks[0].averages, strict=True):
+                assert np.array_equal(mine.view(np.int32), first.view(np.int32))
+
+
+def test_the_average_is_that_of_what_the_codes_say(seen):
+    kind, found = seen
+    for spec, ranks in found.items():
+        sent = [sent_by(spec, rank) for rank in range(WORLD)]
+        # As in the exchange's own contract; sums of short floats are rounded to these at each addition, and before.
+        short = spec in ("fp16", "bf16") and kind in ("allreduce", "ddp")
+        eps = torch.finfo({"fp16": torch.float16, "bf16": torch.bfloat16}[spec] if short else torch.float32).eps
+        for step, average in enumerate(ranks[0].averages):
+            parts = [rank[step] for rank in sent]
+            magnitude = torch.stack(parts).abs().double().mean(dim=0).numpy()
+            error = abs(average - mean_of(parts).double().numpy())
+            assert (error <= (WORLD + 2) * eps * magnitude + (2.0**-24 if short else 0)).all(), spec
+
+
+def test_the_wire_carries_as_many_bytes_as_predicted(seen):
+    kind, found = seen
+    if kind not in ("zeromq 1 server", "zeromq 2 servers"):
+        pytest.skip("other ranks' messages are counted too")
+    chunks = 2
+    kept = {0.9: sum(n - round(0.9 * n) for n in SIZES), 0.99: sum(min(n, math.ceil(0.01 * n - 1e-9)) for n in SIZES)}
+    buckets = {"int8": 8, "ternary": 2, "qsgd:7": 4, "sign": 1}
+    for spec, ranks in found.items():
+        if spec in ("fp16", "bf16"):
+            low = high = 2 * ELEMENTS
+        elif spec == "prune:0.9":  # a bit each, up to whole bytes; in a short chunk perhaps places, if they are fewer
+            high = 4 * kept[0.9] + ELEMENTS / 8 + chunks
+            low = high - chunks - 20
+        elif spec == "topk-dgc:0.99":
+            low = high = 6 * kept[0.99]
+        elif spec in buckets:
+            segments = sum(-(-n // 512) for n in SIZES) if spec == "qsgd:7" else sum(n > 0 for n in SIZES)
+            low = buckets[spec] * ELEMENTS / 8 + 8 * segments + 4 * chunks
+            high = low + chunks * (8 + 1)  # a segment that is cut in two, and whole bytes
+        else:
+            low = high = 4 * ELEMENTS
+        for rank in ranks:
+            assert all(low <= sent <= high for sent in rank.bytes_out), (spec, rank.bytes_out, low, high)

@@ -1,0 +1,123 @@
+"""Training with a defense: resumed as uninterrupted, what is sealed is undefended, and degenerate settings are SGD."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from harness.config import TrainConfig
+from harness.errors import CheckpointError, ConfigError
+from harness.exchange import LocalExchange
+from harness.exchange.base import flat_state
+from harness.gradients import example_gradients, mean_gradient
+from harness.models import load_model
+from harness.models.losses import LOSSES
+from harness.training import Trainer
+from harness.types import Batch
+
+PLAIN = TrainConfig(model="mlp:hidden=20", batch_size=3, steps=6, tensorboard=False, truth=False)
+DEFENSES = ("sign", "topk-dgc:0.9", "clip-examples:0.1+noise-gaussian:1e-3+int8:rounding=stochastic")
+
+
+def trained(config: TrainConfig, run: Path | None = None, *, world: int = 1, resume: bool = False) -> torch.Tensor:
+    """Ranks as threads; the weights that all end with."""
+    # One after the other: what draws the first weights is one generator for all threads.
+    trainers = [Trainer(config, rank=rank, world_size=world) for rank in range(world)]
+    states = {}
+
+    def train(trainer: Trainer, end: LocalExchange) -> None:
+        if resume:
+            assert run is not None
+            trainer.resume(run)
+        trainer.train(end, run=run)
+        states[trainer.rank] = flat_state(trainer.model)
+
+    threads = [
+        threading.Thread(target=train, args=pair) for pair in zip(trainers, LocalExchange.group(world), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(states[rank], states[0]) for rank in range(world))
+    return states[0]
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, defense: str) -> None:
+    config = dataclasses.replace(PLAIN, defense=defense)
+    whole = trained(config, world=2)
+    assert not torch.equal(whole, trained(PLAIN, world=2))
+    trained(dataclasses.replace(config, steps=4, checkpoint_every=2), tmp_path, world=2)
+    assert torch.equal(trained(config, tmp_path, world=2, resume=True), whole)
+
+
+def test_a_checkpoint_that_lacks_a_rank_is_not_whole(tmp_path: Path) -> None:
+    config = dataclasses.replace(PLAIN, defense="sign", steps=4, checkpoint_every=2)
+    trained(config, tmp_path)
+    files = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert files == [f"step{step}{rank}.safetensors" for step in (2, 4) for rank in (".rank0", "")]
+    (tmp_path / "checkpoints" / "step4.rank0.safetensors").unlink()
+    trainer = Trainer(config, rank=0, world_size=1)
+    trainer.resume(tmp_path)
+    assert trainer.steps_done == 2
+    (tmp_path / "checkpoints" / "step2.rank0.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"step2\.rank0\.safetensors: cannot be read"):
+        trainer.resume(tmp_path)
+    with pytest.raises(CheckpointError, match="was written with defense = 'sign', and this run has ''"):
+        Trainer(PLAIN, rank=0, world_size=1).resume(tmp_path)
+
+
+def test_no_noise_and_a_huge_clip_is_plain_training() -> None:
+    whole = trained(PLAIN)
+    assert torch.equal(trained(dataclasses.replace(PLAIN, defense="clip:1e9+noise-gaussian:0")), whole)
+    examples = trained(dataclasses.replace(PLAIN, defense="clip-examples:1e9"))
+    # The same sums in another order, over six steps at a rate of 0.1.
+    assert torch.allclose(examples, whole, rtol=0, atol=1e-6)
+
+
+def test_what_is_sealed_is_the_undefended_gradient(tmp_path: Path) -> None:
+    config = dataclasses.replace(PLAIN, truth=True, steps=1)
+    trained(config, tmp_path / "plain")
+    trained(dataclasses.replace(config, defense="clip:1e-3+sign"), tmp_path / "defended")
+    plain, defended = (
+        load_file(tmp_path / name / "truth" / "step0.rank0.safetensors")["gradient"] for name in ("plain", "defended")
+    )
+    assert torch.equal(plain, defended) and plain.any()
+
+
+@pytest.mark.parametrize("model", ["lenet:input=3x16x16,classes=10", "mlp:input=3x16x16,classes=10,hidden=20"])
+def test_the_gradients_of_examples_are_those_of_batches_of_one(model: str) -> None:
+    torch.manual_seed(0)
+    net, loss = load_model(model), LOSSES["cross_entropy"]
+    batch = Batch(inputs=torch.rand(4, 3, 16, 16), labels=torch.tensor([3, 1, 1, 7]))
+    found = example_gradients(net, loss, batch)
+    for at in range(4):
+        alone = mean_gradient(net, loss, Batch(inputs=batch.inputs[at : at + 1], labels=batch.labels[at : at + 1]))
+        assert torch.allclose(found.examples[at], alone.flat, rtol=1e-4, atol=1e-6)
+    whole = mean_gradient(net, loss, batch)
+    assert torch.allclose(found.mean().flat, whole.flat, rtol=1e-4, atol=1e-6)
+    assert found.loss == pytest.approx(whole.loss, rel=1e-5) and found.correct == whole.correct
+
+
+def test_what_cannot_be_defended_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"layer .* normalizes by the batch"):
+        trainer = Trainer(
+            dataclasses.replace(PLAIN, model="resnet:depth=10,width=4", defense="clip-examples:1.0", steps=1),
+            rank=0,
+            world_size=1,
+        )
+        trainer.train(LocalExchange())
+    with pytest.raises(ConfigError, match="has momentum in place of the optimizer's"):
+        Trainer(
+            dataclasses.replace(PLAIN, defense="topk-dgc:0.9", optimizer="sgd:lr=0.1,momentum=0.9"),
+            rank=0,
+            world_size=1,
+        )
+    with pytest.raises(ConfigError, match="'gauss' is not known"):
+        Trainer(dataclasses.replace(PLAIN, defense="gauss"), rank=0, world_size=1)

@@ -27,6 +27,9 @@ class Known(enum.IntEnum):
     """It was on the wire as it is: equal to what the rank sent, to the bit."""
     DIFFERENCED = 2
     """Computed from sums on the wire; within `Observation.bound` of what the rank sent."""
+    CODED = 3
+    """It was on the wire in a defense's code. The value is what a receiver makes of it, 0 where the sender left it out;
+    the gradient's own is within `Observation.bound` of that, which is infinite where the code does not limit it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +65,7 @@ class Observation:
     known: Tensor
     """uint8, shape (parameters,): a `Known` for each element."""
     bound: Tensor | None = None
-    """As the gradient: largest absolute error of each differenced element; None where none is."""
+    """As the gradient: largest absolute error of each differenced or coded element; None where none is."""
     average: Tensor | None = None
     """As the gradient: what every rank took its step with; None where it is not known to the bit."""
     weights: Tensor | None
@@ -88,13 +91,19 @@ class Observation:
 
     @property
     def complete(self) -> bool:
-        """Whether every element of the gradient is known."""
+        """Whether all that was sent of the gradient is known."""
         return bool((self.known != Known.UNKNOWN).all())
+
+    @property
+    def limited(self) -> Tensor:
+        """bool, shape (parameters,): whether an element of the gradient is known, to the bit or within its bound."""
+        seen = self.known != Known.UNKNOWN
+        return seen if self.bound is None else seen & self.bound.isfinite()
 
     @property
     def known_fraction(self) -> float:
         """Share of the gradient's elements that are known, 0 to 1."""
-        return float((self.known != Known.UNKNOWN).float().mean()) if self.known.numel() else 1.0
+        return float(self.limited.float().mean()) if self.known.numel() else 1.0
 
     @property
     def exact_fraction(self) -> float:

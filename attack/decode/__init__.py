@@ -14,4 +14,5 @@
 | `proof`                  | the chunks of a step                  | what they prove of each gradient              |
 | `vector`, `assembly`     | chunks                                | a vector and its mask                         |
 | `averages`               | parts or an average                   | the server's arithmetic, forwards and back    |
+| `defended`               | codes of a defense, step by step      | what they say of the gradient itself          |
 """

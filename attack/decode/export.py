@@ -86,7 +86,7 @@ def write_observations(
             }
         )
         elements += seen.known.numel()
-        known += int((seen.known != Known.UNKNOWN).sum())
+        known += int(seen.limited.sum())
         exact += int((seen.known == Known.RAW).sum())
     first = next(iter(shapes.values()), ())
     document = {
@@ -196,7 +196,7 @@ def _observation(
         raise DecodeError(
             f"{where}: wanted {gradient.numel()} elements by the gradient, the mask and the shapes differ"
         )
-    if (known > max(Known)).any() or (bound is None and (known == Known.DIFFERENCED).any()):
+    if (known > max(Known)).any() or (bound is None and (known >= Known.DIFFERENCED).any()):
         raise DecodeError(f"{where}: the mask holds what it cannot, or a bound is missing")
     return Observation(
         rank=int(entry["rank"]),

@@ -100,6 +100,8 @@ def _fill_in_owner(answer: Piece, vectors: list[Vector], gradients: dict[int, As
     if len(others) == len(vectors) - 1:
         parts = [piece if piece is None else piece.values for piece in pieces]
         gradients[owner].place_difference(place, difference(answer.values, parts), _common([answer, *others]))
+        if any(piece.codec != "dense" for piece in others):
+            gradients[owner].unlimited(place)
 
 
 def _common(pieces: list[Piece]) -> Mask:

@@ -19,6 +19,8 @@ from attack.decode.notes import Notes
 from attack.decode.proof import DecodedStep, StepChunks, prove
 from attack.decode.vector import Origin, Piece, Place, Vector
 from harness.wire import Header, Kind, Layout, WireError
+from harness.wire.codec import READERS, decode
+from harness.wire.coded import Decoded
 
 MAX_STEPS_IN_FLIGHT = 3
 """Ranks are at most one step apart. A tap's two directions may be read with more between them, so this many are kept
@@ -231,12 +233,16 @@ class Session:
             return why
         if header.step < self._next:
             return "too late: what is known of that step was given out"
+        try:
+            piece = _piece(flow, message, tag=header.rank if header.kind is Kind.AVERAGE else _defense(header))
+        except WireError as error:
+            return str(error)
         self.total = header.total
         step = self._steps.setdefault(header.step, StepChunks(header.step))
         step.named.setdefault(_place(header), set()).add(flow)
         if header.kind is Kind.AVERAGE:
-            return step.averages.add(_piece(flow, message, tag=header.rank))
-        return step.gradients.setdefault(header.rank, Vector()).add(_piece(flow, message, tag=_defense(header)))
+            return step.averages.add(piece)
+        return step.gradients.setdefault(header.rank, Vector()).add(piece)
 
     def _believed(self, seen: StepChunks) -> set[Place]:
         """The places at which a step's chunks are believed to belong."""
@@ -265,18 +271,24 @@ def _origin(flow: Flow, message: Message) -> Origin:
 
 
 def _piece(flow: Flow, message: Message, tag: Hashable) -> Piece:
-    return Piece(_place(message.header), message.payload, message.holes, tag, _origin(flow, message))
+    """Raises: WireError where the payload is not what its header says."""
+    header, place = message.header, _place(message.header)
+    if header.codec != "dense" and message.holes:  # zeros in its place may read as anything
+        said = Decoded(np.zeros(header.count, np.float32))
+    else:
+        said = decode(header.codec, header.count, header.params, message.payload)
+    return Piece(place, said, message.holes, tag, _origin(flow, message), codec=header.codec)
 
 
 def _defense(header: Header) -> str | None:
-    """The public side of a defense, as the header says it: `codec:key=value,key=value`; None for a plain gradient."""
-    params = ",".join(f"{key}={value}" for key, value in header.params.items())
-    return f"{header.codec}:{params}" if params else None
+    """The chain of defenses, as the header says it, else its code alone; None for a plain gradient."""
+    said = header.params.get("defense")
+    return said if isinstance(said, str) else None if header.codec == "dense" else header.codec
 
 
 def _implausible(header: Header, total: int | None) -> str | None:
     """Why a chunk cannot be a part of the vector of `total` elements, if so."""
-    if header.codec != "dense" or header.dtype != "float32":
+    if header.codec not in (READERS if header.kind is Kind.GRADIENT else ("dense",)) or header.dtype != "float32":
         return f"coded as {header.codec} {header.dtype}, which is not read"
     if not header.count:
         return "an empty chunk"

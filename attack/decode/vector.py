@@ -16,6 +16,7 @@ import numpy.typing as npt
 from attack.capture.streams import Flow
 from attack.decode.averages import Float32, same
 from attack.decode.frames import Holes
+from harness.wire.coded import Decoded
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
@@ -53,20 +54,24 @@ class Origin(NamedTuple):
 class Piece:
     """What was seen of one place, from one message or from several that agree."""
 
-    def __init__(self, place: Place, payload: bytearray, holes: Holes, tag: Hashable, origin: Origin) -> None:
+    def __init__(
+        self, place: Place, said: Decoded, holes: Holes, tag: Hashable, origin: Origin, *, codec: str = "dense"
+    ) -> None:
         """`tag` is what two messages about the same place must agree on beside the values."""
         self.place, self.tag, self.origins = place, tag, [origin]
-        self.values: Float32 = np.frombuffer(payload, "<f4")
+        self.values: Float32 = said.values
+        self.said = said
+        self.codec = codec
         self.known: Mask | None = None
         """None where every element is known."""
         for start, stop in holes:
             self.forget(start, stop)
 
     def forget(self, start: int, stop: int) -> None:
-        """Bytes of the payload that are not known."""
+        """Bytes of the payload that are not known. Of a code that is all of it: one byte may place all others."""
         if self.known is None:
             self.known = np.ones(self.place.size, np.bool_)
-        self.known[start // 4 : -(-stop // 4)] = False
+        self.known[slice(start // 4, -(-stop // 4)) if self.codec == "dense" else slice(None)] = False
 
     def agrees(self, other: Piece) -> bool:
         """Whether the other says nothing else of the elements that both know."""
@@ -74,7 +79,7 @@ class Piece:
         for known in (self.known, other.known):
             if known is not None:
                 equal = equal | ~known
-        return self.tag == other.tag and bool(equal.all())
+        return (self.tag, self.codec) == (other.tag, other.codec) and bool(equal.all())
 
     def learn(self, other: Piece) -> None:
         """Takes over the elements that only the other knows."""
@@ -82,7 +87,7 @@ class Piece:
         if self.known is None:
             return
         if other.known is None:
-            self.values, self.known = other.values, None
+            self.values, self.said, self.known = other.values, other.said, None
         else:
             new = other.known & ~self.known
             self.values[new] = other.values[new]

@@ -13,6 +13,7 @@ import torch
 
 from attack.capture.streams import Bytes, Flow
 from attack.decode.anchor import MessageAnchor
+from attack.decode.defended import PublicSide
 from attack.decode.frames import Command, Event, Greeting, Lost, Resumed, Sealed
 from attack.decode.messages import Item, Message, MessageDecoder
 from attack.decode.proof import DecodedStep
@@ -54,6 +55,7 @@ class ZeromqReader(ProtocolReader):
         self._shadow: Shadow | None = None
         self._initial: InitialState | None = None
         self._expected: int | None = None
+        self._public = PublicSide()
 
     @staticmethod
     def sniff(head: bytes) -> bool | None:
@@ -192,7 +194,8 @@ class ZeromqReader(ProtocolReader):
         if initial is not None and initial.step == step.step and initial.buffers is not None:
             buffers = torch.from_numpy(initial.buffers)
         average = None if step.average is None else torch.from_numpy(step.average)
-        for rank, gradient in sorted(step.gradients.items()):
+        for rank, seen in sorted(step.gradients.items()):
+            gradient = self._public.limit(rank, step.step, seen, self.shapes)
             yield Observation(
                 rank=rank,
                 step=step.step,

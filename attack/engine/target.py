@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attack.engine.normalization import floating_buffers, set_modes
 from attack.errors import AttackError
-from attack.observation import BATCH_NORM_MODES, Knowledge, Known, Observation
+from attack.observation import BATCH_NORM_MODES, Knowledge, Observation
 from harness.models import LOSSES, load_model
 
 FLOAT32_ERROR = 2.5e-7
@@ -161,7 +161,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     """
     if observation.weights is None:
         raise Refused("the weights at this step were not seen", observed=False)
-    known = observation.known != Known.UNKNOWN
+    known = observation.limited
     if not known.any():
         raise Refused("no element of the gradient was seen", observed=False)
     seen = observation.gradient[known]
@@ -224,8 +224,8 @@ def _model(observation: Observation, knowledge: Knowledge) -> tuple[nn.Module, s
         _fill(list(model.parameters()), observation.weights)
         if before is not None:
             _fill(buffers, torch.cat(before) if before else torch.zeros(0))
-    parts = zip(observation.gradient.double().split(sizes), observation.known.split(sizes), shapes, strict=True)
-    seen = [(gradient.view(shape), known.view(shape) != Known.UNKNOWN) for gradient, known, shape in parts]
+    parts = zip(observation.gradient.double().split(sizes), observation.limited.split(sizes), shapes, strict=True)
+    seen = [(gradient.view(shape), known.view(shape)) for gradient, known, shape in parts]
     described, frozen = set_modes(
         model,
         knowledge.input_shape,

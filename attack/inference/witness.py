@@ -25,7 +25,7 @@ from attack.engine.features import ABOVE_NOISE, NoFeatures, read_features
 from attack.engine.target import Target, element_noise
 from attack.inference.layer import Layer
 from attack.inference.scale import solve_scales
-from attack.observation import Known, Observation
+from attack.observation import Observation
 from harness.models import LOSSES
 
 ROUNDING = 2.0**-24
@@ -48,12 +48,13 @@ class Witness:
         """Raises: Mute."""
         self.rank, self.step = seen.rank, seen.step
         own = layer.cut(seen)
-        if not bool((own.known != Known.UNKNOWN).all() and own.gradient.isfinite().all()):
+        known = own.limited
+        if not bool(known.all() and own.gradient.isfinite().all()):
             raise Mute("the last layer's gradient is not wholly known, or not finite")
         gradient = own.gradient.double()
         self._layer = layer
         self._bound = torch.zeros_like(gradient) if own.bound is None else own.bound.double()
-        noise = element_noise(own, own.known != Known.UNKNOWN, gradient, self._bound)
+        noise = element_noise(own, known, gradient, self._bound)
         narrow = next((error for name, error in NARROW.items() if (own.defense or "").startswith(name)), 0.0)
         self._flat, self._flat_noise = gradient, torch.hypot(noise, narrow * gradient.abs())
         self._gradient, self._noise = layer.matrix(gradient), layer.matrix(self._flat_noise)

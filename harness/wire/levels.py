@@ -81,7 +81,7 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     if not np.isfinite(REACH[rounding]):
         return Decoded(values, error=np.full(count, np.inf, np.float32))
     # A level is the nearest as float32 tells: the quotient and the product are each rounded once.
-    slack = np.abs(values) * np.float32(2.0**-22)
+    slack = (np.abs(values) + unit) * np.float32(2.0**-22)
     return Decoded(values, error=np.float32(REACH[rounding]) * unit + slack)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ import torch
 from attack.capture.streams import Closed, Data, Flow, Gap, Opened, StreamEvent
 from harness.models import load_optimizer
 from harness.wire import SERVER_RANK, Header, Kind, Layout
+from harness.wire.coded import Coded
+from harness.wire.dense import Dense
 
 RUN = bytes(range(8))
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -63,6 +66,8 @@ class Job:
     run: bytes = RUN
     alter: Callable[[Header], Header] = _unaltered
     """Changes a GRADIENT's header on its way, as no honest sender does."""
+    code: Callable[[int, int, np.ndarray], Coded] = lambda rank, step, gradient: Dense(gradient)
+    """What a rank sends in place of its gradient, in the order of steps."""
 
     def __post_init__(self) -> None:
         self.writes: list[Write] = []
@@ -108,7 +113,7 @@ class Job:
             for at in range(server * total // self.servers, end, self.chunk):
                 yield server, at, min(self.chunk, end - at)
 
-    def _say(self, flow: Flow, kind: Kind, rank: int, step: int, values: bytes = b"", **place: int) -> None:
+    def _say(self, flow: Flow, kind: Kind, rank: int, step: int, values: bytes = b"", **place: Any) -> None:
         header = Header(kind=kind, run=self.run, rank=rank, step=step, size=len(values), **place)
         if kind is Kind.GRADIENT:
             header = self.alter(header)
@@ -141,17 +146,19 @@ class Job:
 
     def _exchange(self, step: int) -> np.ndarray:
         total = self.layout.parameter_count
-        average = self.gradients[step, 0].copy()
-        for rank in range(1, self.world):
-            average += self.gradients[step, rank]
+        coded = [self.code(rank, step, self.gradients[step, rank]) for rank in range(self.world)]
+        average = coded[0].values().copy()
+        for one in coded[1:]:
+            average += one.values()
         average /= np.float32(self.world)
         self.averages[step] = average
         for server, at, count in self._chunks(total):
             place = {"at": at, "count": count, "total": total}
             ranks = [rank for rank, other in self._links() if other == server]
             for rank in ranks:
-                values = self.gradients[step, rank][at : at + count].tobytes()
-                self._say(self.up(rank, server), Kind.GRADIENT, rank, step, values, **place)
+                codec, params, values = coded[rank].part(at, count)
+                flow = self.up(rank, server)
+                self._say(flow, Kind.GRADIENT, rank, step, bytes(values), codec=codec, params=params, **place)
             for rank in ranks:
                 values = average[at : at + count].tobytes()
                 self._say(self.up(rank, server).reverse, Kind.AVERAGE, self._owner(server), step, values, **place)

@@ -9,6 +9,7 @@ import pytest
 
 from attack.capture.streams import Flow
 from attack.decode.vector import Origin, Piece, Place, Vector
+from harness.wire.coded import Decoded
 
 FLOW = Flow(source="a", destination="b")
 
@@ -18,7 +19,8 @@ def piece(
 ) -> Piece:
     payload = bytearray(np.float32(values).tobytes())
     origin = Origin(FLOW, begin, begin + 100, begin + 100 + len(payload))
-    return Piece(Place(at, at + len(values)), payload, holes, tag, origin)
+    said = Decoded(np.frombuffer(payload, "<f4"))
+    return Piece(Place(at, at + len(values)), said, holes, tag, origin)
 
 
 def known(vector: Vector) -> dict[int, float]:

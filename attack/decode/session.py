@@ -281,9 +281,12 @@ def _piece(flow: Flow, message: Message, tag: Hashable) -> Piece:
 
 
 def _defense(header: Header) -> str | None:
-    """The chain of defenses, as the header says it, else its code alone; None for a plain gradient."""
-    said = header.params.get("defense")
-    return said if isinstance(said, str) else None if header.codec == "dense" else header.codec
+    """The chain of defenses, as the header says it, else its code and what there is to say of that, as
+    `codec:key=value,key=value`; None for a plain gradient."""
+    if isinstance(said := header.params.get("defense"), str):
+        return said
+    params = ",".join(f"{key}={value}" for key, value in header.params.items())
+    return f"{header.codec}:{params}" if params else None if header.codec == "dense" else header.codec
 
 
 def _implausible(header: Header, total: int | None) -> str | None:

@@ -131,10 +131,11 @@ def test_ranks_that_disagree_on_the_layout_are_named_and_neither_is_believed() -
 
 
 def test_a_codec_that_is_not_read_is_named_and_nothing_is_known_of_it() -> None:
-    job = Job(alter=lambda header: dataclasses.replace(header, codec="sparse"))
-    desk = Desk(events(job.writes))
-    assert not any(seen.known.any() for seen in desk.observations())
-    assert any("coded as sparse float32, which is not read" in line for line in desk.notes.lines())
+    for codec, note in (("magic", "coded as magic float32, which is not read"), ("sparse", "sparse: wanted 0 to 256")):
+        job = Job(alter=lambda header, codec=codec: dataclasses.replace(header, codec=codec))
+        desk = Desk(events(job.writes))
+        assert not any(seen.known.any() for seen in desk.observations())
+        assert any(note in line for line in desk.notes.lines())
 
 
 def test_what_a_header_says_of_a_defense_is_told() -> None:

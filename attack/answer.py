@@ -43,6 +43,7 @@ def describe(found: Reconstruction) -> dict[str, Any]:
     return {
         **{name: getattr(found, name) for name in SCALARS},
         "status": found.status.value,
+        "steps": list(found.steps),
         "labels": None if found.labels is None else found.labels.tolist(),
         "history": [list(point) for point in points],
     }

@@ -53,6 +53,8 @@ class Victim:
             if isinstance(value, Tensor):
                 digest.update(field.name.encode())
                 digest.update(value.contiguous().numpy().data)
+        for other in seen.again:
+            digest.update(cls.of(other).digest.encode())
         return cls(rank=seen.rank, step=seen.step, summary=summary, digest=digest.hexdigest())
 
     @property
@@ -109,6 +111,7 @@ class Kept:
             "status": Status(document["found"]["status"]),
             "history": tuple((iteration, residual) for iteration, residual in document["found"]["history"]),
             "frame_iterations": tuple(document["found"]["frame_iterations"]),
+            "steps": tuple(document["found"]["steps"]),
         }
         with safe_open(self._path(victim), framework="pt") as file:
             fields |= {name: file.get_tensor(name) for name in file.keys()}

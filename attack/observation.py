@@ -81,6 +81,8 @@ class Observation:
     """What was sent in place of gradients; where these are not known but for that."""
     defense: str | None = None
     """The public side of the sender's defense, as the wire says it; None for a plain gradient."""
+    again: tuple[Observation, ...] = ()
+    """Other steps of this rank that are declared to hold the same batch; none has any of its own."""
 
     def __post_init__(self) -> None:
         count = self.gradient.numel()
@@ -124,6 +126,7 @@ class Observation:
             "gradient_norm": float(torch.linalg.vector_norm(self.gradient)),
             "weights_known": self.weights is not None,
             "defense": self.defense,
+            "same_batch_steps": [other.step for other in self.again],
         }
 
 

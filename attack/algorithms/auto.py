@@ -36,6 +36,9 @@ def auto(target: Target, context: Context) -> Answer:
     examples, source = _batch_size(target)
     if examples == 1 and any(isinstance(module, nn.MaxPool2d) for module in target.model.modules()):
         plan.append(("patterns", patterns, "one example through max pooling: find which positions passed"))
+    elif examples == 1 and target.again and not _connected(target):
+        steps = f"one example at {1 + len(target.again)} steps"
+        plan.append(("gauss-newton", gauss_newton, f"{steps}: walk back in closed form, then all together if need be"))
     elif examples == 1 and not _connected(target):
         plan.append(("rgap", rgap, "one example: walk back in closed form"))
     elif examples == 1:
@@ -96,8 +99,10 @@ def _batch(target: Target, examples: int, what: str) -> tuple[str, Method, str]:
         return "unmix", unmix, f"{what}: taken apart layer by layer"
     if _connected(target):
         return "unmix", unmix, f"{what}: taken apart layer by layer"
-    known = count(links, examples)
-    return "gauss-newton", gauss_newton, f"{what}, {known}: solved from the last layer down, then the pixels"
+    steps = 1 + len(target.again)
+    known = count(links, examples, steps=steps)
+    seen = f" of {steps} steps" if target.again else ""
+    return "gauss-newton", gauss_newton, f"{what}, {known}{seen}: solved from the last layer down, then the pixels"
 
 
 def _batch_size(target: Target) -> tuple[int, str]:

@@ -93,6 +93,8 @@ class Reconstruction:
     """(iteration, relative gradient residual)."""
     gradient_residual: float | None = None
     """||gradient of the answer - observed|| / ||observed|| over the known elements; None where nothing was tried."""
+    steps: tuple[int, ...] = ()
+    """Of an answer: all whose gradients it explains, of those that were declared to hold one batch; its own first."""
     predicted_mse: float | None = None
     """What the eavesdropper may expect of the mean squared error, without the truth; None where it cannot be had."""
     batch_size_assumed: bool = False

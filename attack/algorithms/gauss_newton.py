@@ -16,17 +16,17 @@ iteratively regularized Gauss-Newton method, 1992.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from attack.algorithms.base import Answer
+from attack.algorithms.joint import joint
 from attack.algorithms.rgap import rgap
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context, Progress
-from attack.engine.cut import Count, count, descend, equations
+from attack.engine.cut import count, descend, equations
 from attack.engine.features import NoFeatures, count_examples, read_batch
 from attack.engine.film import Film
 from attack.engine.gauss_newton import Settings, minimize, spread
@@ -50,10 +50,10 @@ OPEN = 1e-3
 def gauss_newton(target: Target, context: Context) -> Answer:
     """Inputs and labels of the whole batch."""
     if target.batch_size == 1 and not target.batch_size_assumed:
-        return rgap(target, context)
+        return _one_example(target, context)
     try:
         if count_examples(target) == 1 and target.batch_size_assumed:
-            return rgap(target, context)
+            return _one_example(target, context)
         links = trace(target.model, target.input_shape)
         features = read_batch(target, context)
         counted = count(links, len(features.labels))
@@ -100,7 +100,7 @@ def gauss_newton(target: Target, context: Context) -> Answer:
         inflation=LOOSE if short else 1.0,
     )
     filled = short or left.variance > OPEN * (high - low) ** 2 / 12
-    return Answer(
+    answer = Answer(
         inputs=solution.inputs,
         labels=labels,
         film=film,
@@ -108,8 +108,17 @@ def gauss_newton(target: Target, context: Context) -> Answer:
         filled=filled,
         batch_size_read=target.batch_size_assumed,
         evaluations=len(film.history),
-        reason=_say(counted, left.open_directions) if filled else solution.reason,
+        reason=counted.filled(left.open_directions) if filled else solution.reason,
     )
+    return joint(target, answer, prior, context, watch) if filled and target.again else answer
+
+
+def _one_example(target: Target, context: Context) -> Answer:
+    answer = rgap(target, context)
+    low, high = target.input_range
+    if not target.again or answer.belief is None or answer.belief.variance <= OPEN * (high - low) ** 2 / 12:
+        return answer
+    return joint(target, answer, prior_of(target), context)
 
 
 def prior_of(target: Target) -> Prior:
@@ -124,10 +133,3 @@ def _whole(target: Target, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """The match of the whole gradient, in units of its error."""
     weights = target.noise.reciprocal()
     return lambda x: target.mismatch(x, labels, differentiable=True) * weights
-
-
-def _say(counted: Count, open_directions: float) -> str:
-    return (
-        f"{counted}; what they leave open or say too weakly, about {math.ceil(open_directions):,} directions, was "
-        "filled by a prior on pictures"
-    )

@@ -16,6 +16,7 @@ Reference: the two kinds of rows are those of R-GAP, Zhu and Blaschko, ICLR 2021
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -62,9 +63,17 @@ class Count:
     def __str__(self) -> str:
         return f"at most {self.equations:,} independent equations for {self.unknowns:,} unknowns"
 
+    def filled(self, open_directions: float) -> str:
+        """What is to be said where a prior decided so many directions."""
+        return (
+            f"{self}; what they leave open or say too weakly, about {math.ceil(open_directions):,} directions, was "
+            "filled by a prior on pictures"
+        )
 
-def count(links: list[Link], batch: int) -> Count:
-    """Counted from the features down: what a later layer determines already is not counted again."""
+
+def count(links: list[Link], batch: int, *, steps: int = 1) -> Count:
+    """Counted from the features down: what a later layer determines already is not counted again. Of several steps with
+    the same batch, and other weights, each gives as many."""
     unknowns = batch * links[0].inputs
     decided = batch * links[-1].inputs
     for link in reversed(links[:-1]):
@@ -73,7 +82,7 @@ def count(links: list[Link], batch: int) -> Count:
             # The bias's gradient is the sum of the errors: known where all of the layer's output is.
             decided += 0 if name == "bias" and decided >= outputs else parameter.numel()
         decided = min(decided, batch * link.inputs)
-    return Count(equations=decided, unknowns=unknowns)
+    return Count(equations=min(steps * decided, unknowns), unknowns=unknowns)
 
 
 def descend(target: Target, links: list[Link], features: Features, context: Context) -> Cut:
@@ -101,21 +110,37 @@ def descend(target: Target, links: list[Link], features: Features, context: Cont
 def equations(target: Target, cut: Cut, links: list[Link] | None = None) -> Callable[[Tensor], Tensor]:
     """What a cut says of the inputs of the links that lead to it (all of them, if none are named), as rows divided by
     their standard deviations."""
+    parts = equations_by_kind(target, cut, links)
+
+    def rows(x: Tensor) -> Tensor:
+        own, shared = parts(x)
+        return torch.cat([own.flatten(), shared])
+
+    return rows
+
+
+def equations_by_kind(
+    target: Target, cut: Cut, links: list[Link] | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """The same, apart: forward rows of each example, shape (batch, outputs), and gradient rows, which all share."""
     links = cut.links if links is None else links
     places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
     parameters = [parameter for link in links for parameter in link.module.parameters()]
     observed = [target.tensors(target.gradient)[places[id(parameter)]] for parameter in parameters]
     weights = [target.tensors(target.noise)[places[id(parameter)]].reciprocal() for parameter in parameters]
 
-    def rows(x: Tensor) -> Tensor:
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         value = x
         for link in links:
             value = link.module(value)
         gradients = torch.autograd.grad(value, parameters, cut.error, create_graph=True) if parameters else ()
-        parts = [(gradient - seen) * w for gradient, seen, w in zip(gradients, observed, weights, strict=True)]
-        return torch.cat([((value - cut.value) / cut.deviation).flatten(), *(part.flatten() for part in parts)])
+        rows = [
+            ((gradient - seen) * w).flatten() for gradient, seen, w in zip(gradients, observed, weights, strict=True)
+        ]
+        own = ((value - cut.value) / cut.deviation).flatten(1)
+        return own, torch.cat(rows) if rows else own.new_zeros(0)
 
-    return rows
+    return parts
 
 
 def _before_activations(cut: Cut) -> Cut:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attack.engine.context import Context
+from attack.engine.direct import Direct
 from attack.engine.linearized import Jacobian, conjugate_gradients
 from attack.engine.prior import Prior, Quadratic
 
@@ -86,6 +87,7 @@ def minimize(
     context: Context,
     settings: Settings,
     *,
+    direct: Direct | None = None,
     done: Callable[[Tensor], bool] = lambda inputs: True,
     watch: Callable[[Tensor], None] = lambda inputs: None,
 ) -> Solution:
@@ -94,6 +96,7 @@ def minimize(
     Args:
         rows: differentiable equations, each divided by its standard deviation; inputs -> flat.
         start: float64, shape of the inputs.
+        direct: solves each step's system, where conjugate gradients alone would not.
         done: whether inputs that came of a step with the last s will do.
         watch: is told the inputs after each step.
     """
@@ -111,9 +114,7 @@ def minimize(
         inflation = max(settings.floor, min(inflation / FALL, BELOW * size) if taken else first)
         system = _System(at, quadratic, inflation)
         downhill = -at.back(at.value) / inflation - quadratic.gradient
-        step, _ = conjugate_gradients(
-            system.multiply, downhill, context, goal=settings.goal, iterations=settings.iterations
-        )
+        step, _ = _solve(system, downhill, x, context, direct, goal=settings.goal, iterations=settings.iterations)
         length = _search(rows, x, step, quadratic, inflation)
         x, moved = x + length * step, length**2 * float(step.square().mean())
         taken += 1
@@ -132,6 +133,7 @@ def spread(
     *,
     iterations: int,
     inflation: float = 1.0,
+    direct: Direct | None = None,
 ) -> Spread:
     """A draw from N(0, (J'J / s + P)^-1) at a solution: one solve of J'noise / sqrt(s) + N(0, P).
 
@@ -147,7 +149,7 @@ def spread(
     forced = quadratic.draw(context.generator)
     while True:
         system, right = _System(at, quadratic, inflation), at.back(noise) / inflation**0.5 + forced
-        draw, solved = conjugate_gradients(system.multiply, right, context, goal=SOLVED, iterations=iterations)
+        draw, solved = _solve(system, right, solution.inputs, context, direct, goal=SOLVED, iterations=iterations)
         if solved or not context.seconds_left:
             break
         inflation *= TAUTER
@@ -168,6 +170,21 @@ class _System:
 
     def multiply(self, v: Tensor) -> Tensor:
         return self.at.back(self.at.forward(v)) / self.inflation + self.quadratic.multiply(v)
+
+
+def _solve(
+    system: _System,
+    right: Tensor,
+    place: Tensor,
+    context: Context,
+    direct: Direct | None,
+    *,
+    goal: float,
+    iterations: int,
+) -> tuple[Tensor, bool]:
+    if direct is None:
+        return conjugate_gradients(system.multiply, right, context, goal=goal, iterations=iterations)
+    return direct.solve(system.multiply, right, place, system.quadratic, system.inflation, context, goal=goal)
 
 
 def _search(rows: Callable[[Tensor], Tensor], x: Tensor, step: Tensor, quadratic: Quadratic, inflation: float) -> float:

@@ -6,6 +6,7 @@ decides nothing about how to search.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -62,6 +63,9 @@ class Target:
     """int64, shape (batch,), where told."""
     batch_norm: str | None = None
     """How its batch norms normalize, and how that is known; None where there are none."""
+    step: int = 0
+    again: tuple[Target, ...] = ()
+    """The same batch's gradients at other steps, by other weights, where that was declared."""
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +107,11 @@ class Target:
             return residual, self.tolerance
         error = torch.linalg.vector_norm(self.replay(inputs, labels).gradient - self.gradient_of(inputs, labels))
         return residual, self.tolerance + 4 * float(error) / self.norm
+
+    def explained_by(self, inputs: Tensor, labels: Tensor) -> bool:
+        """Whether this batch's gradient is a match."""
+        residual, tolerance = self.misfit(inputs, labels)
+        return residual <= tolerance
 
     def gradient_of(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """What `mismatch` compares with the observed gradient: of a batch, over the known elements, in float64."""
@@ -191,10 +200,21 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         batch_size_assumed=knowledge.batch_size is None and knowledge.labels is None,
         labels=None if knowledge.labels is None else torch.tensor(knowledge.labels, device=device),
         batch_norm=batch_norm,
+        step=observation.step,
+        again=_again(observation, knowledge, device),
     )
     if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
         raise AttackError(f"labels {list(knowledge.labels or ())}: model {knowledge.model!r} has {classes} classes")
     return target
+
+
+def _again(observation: Observation, knowledge: Knowledge, device: torch.device) -> tuple[Target, ...]:
+    """The other steps' targets, but for those on which no attack could start."""
+    targets = []
+    for other in observation.again:
+        with contextlib.suppress(Refused):
+            targets.append(prepare(other, knowledge, device=device))
+    return tuple(targets)
 
 
 def _model(observation: Observation, knowledge: Knowledge) -> tuple[nn.Module, str | None]:

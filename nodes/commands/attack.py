@@ -17,6 +17,7 @@ from attack.buffers import complete_buffers
 from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
+from attack.recurrence import join_steps
 from attack.victims import Listener, Plan, Share, VictimProgress, attack_all
 from harness.errors import ConfigError
 from harness.models import load_model
@@ -44,6 +45,9 @@ class Attack(Command):
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None
     """A:B for steps A to B - 1, or one step; left out: all that were observed."""
+    same_batch_every: int | None = None
+    """If each rank's batch comes again after so many steps (1: it is always the same one), say so: the steps that hold
+    it are solved together, and tell more than each by itself."""
     group: str | None = None
     """The process group whose gradients to attack, as `inspect` names it; left out: the first that exchanges any."""
     batch_size: int | None = None
@@ -101,6 +105,8 @@ class Attack(Command):
             processes=self.processes,
         )
         chosen = self._chosen(complete_buffers(source.observations()))
+        if self.same_batch_every is not None:
+            chosen = join_steps(chosen, every=self.same_batch_every)
         with listening() if share.rank == 0 else contextlib.nullcontext(_unheard) as listener:
             answer = attack_all(
                 chosen, knowledge, self.out, plan=plan, share=share, overwrite=self.overwrite, listener=listener
@@ -196,9 +202,14 @@ def _number(pattern: str, text: str | None, wanted: str) -> int | None:
     return int(match[1])
 
 
+def _steps(victim: dict[str, Any]) -> str:
+    others = len(victim["steps"]) - 1
+    return f"{victim['step']} and {others} more" if others > 0 else str(victim["step"])
+
+
 def _text(victims: list[dict[str, Any]], out: Path) -> str:
     rows = [
-        [v["step"], v["rank"], v["status"], v["method"], v["seconds"], v["gradient_residual"], v["predicted_mse"]]
+        [_steps(v), v["rank"], v["status"], v["method"], v["seconds"], v["gradient_residual"], v["predicted_mse"]]
         for v in victims
     ]
     lines = [table(["step", "rank", "status", "method", "seconds", "residual", "predicted MSE"], rows)]

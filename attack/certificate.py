@@ -32,7 +32,7 @@ CONFIDENCE = 0.998
 """Of the true error being below `predicted_mse`, as far as the replays tell: two in a thousand are left for luck, the
 rest of the promised one in a hundred for what replays do not know."""
 REPLAYS, MAX_REPLAYS = 10, 12
-MARGIN = 1.3
+MARGIN = 1.1
 """Factor for what replays do not know: that errors of rounding are spread evenly within their bounds, and that the
 rank's arithmetic is this machine's."""
 REPLAYS_WITH_BELIEF = 2

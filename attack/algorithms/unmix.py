@@ -22,26 +22,43 @@ from attack.engine.film import Film
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected, unmix_layers
 
+ATTEMPTS = 4
+"""What explains the last layer alone may be other features than the batch's. The layers below then do not fit, and
+other draws find others."""
+
 
 def unmix(target: Target, context: Context) -> Answer:
     """Inputs and labels of the whole batch."""
     examples = target.batch_size
+    best, least, reason = None, float("inf"), ""
     try:
         examples = count_examples(target)
         links = trace(target.model, target.input_shape)
         check_connected(links)
-        features = read_batch(target, context)
-        inputs = unmix_layers(target, links, features)
-        # Now that the sides of kinked units are known, no row needs to be left out.
-        inputs = unmix_layers(target, links, features, near=inputs)
+        for _ in range(ATTEMPTS):
+            features = read_batch(target, context)
+            try:
+                inputs = unmix_layers(target, links, features)
+                # Now that the sides of kinked units are known, no row needs to be left out.
+                inputs = unmix_layers(target, links, features, near=inputs)
+            except NoChain as error:
+                reason = str(error)
+                continue
+            residual = target.residual(inputs, features.labels)
+            if residual < least:
+                best, least = (inputs, features), residual
+            if residual <= target.tolerance or examples == 1 or not context.seconds_left:
+                break
     except (NoFeatures, NoChain) as error:
+        reason = str(error)
+    if best is None:
         if examples == 1 == target.batch_size:  # the walk back does with less
             return rgap(target, context)
-        return Answer(inputs=None, labels=None, reason=str(error))
-    residual = target.residual(inputs, features.labels)
+        return Answer(inputs=None, labels=None, reason=reason)
+    inputs, features = best
     film = Film()
-    film.take(0, residual, inputs)
-    context.progress(Progress(method="unmix", evaluations=1, residual=residual, seconds_left=context.seconds_left))
+    film.take(0, least, inputs)
+    context.progress(Progress(method="unmix", evaluations=1, residual=least, seconds_left=context.seconds_left))
     return Answer(
         inputs=inputs,
         labels=features.labels,

@@ -40,11 +40,6 @@ VARIATION = 30.0
 SMOOTH = 0.02
 """... below this, they are taken as Gaussian."""
 SETTLE_STEPS = 6
-SLACK = (0.03, 0.1, 0.01)
-"""Where the lower pattern's annealing begins, in units of u: when one fails, the next is tried."""
-SLACK_END = 3e-6
-DESCENT_STEPS = 80
-POLISH_ITERATIONS = 300
 
 
 class Patterns:
@@ -117,50 +112,6 @@ class Patterns:
             if sweep:
                 self._sweep(scale, 1.0, sweeps=3)
         return float((self._off() / net.noise).median())
-
-    def descend(self, slack: float) -> Tensor:
-        """The picture that gives `between`, which must be exact, by the lower layer alone; shaped as `inputs`.
-
-        Args:
-            slack: where the annealing begins, in units of the root mean square of `between`.
-        """
-        block, x = self.net.lower, self.inputs
-        size = float(self.between.square().mean().sqrt())
-        on = self.between > 1e-5 * size
-        for step in range(DESCENT_STEPS):
-            scale = size * slack * (SLACK_END / slack) ** (step / (DESCENT_STEPS - 1))
-            lacks = self.between[..., None] - block.cells(block.forward(x))
-            least = lacks.abs().amin(-1, keepdim=True)
-            weights = torch.softmax((least - lacks.abs()) / scale, -1) / (least + scale) * on[..., None]
-            spread = block.uncells(torch.maximum(weights, torch.where(lacks < 0, 1 / scale, 0.0)))
-            diagonal = block.back(spread, squared=True) + 1e-6
-            x = x + self._solve(
-                lambda p, w=spread: block.back(w * block.apply(p)) + 1e-6 * p,  # type: ignore[misc]
-                block.back(spread * block.uncells(lacks)),
-                iterations=60,
-                goal=1e-4,
-                diagonal=diagonal,
-            )
-            x = x.clamp(*self._range)
-        return x
-
-    def polish(self, start: Tensor) -> Tensor:
-        """`inputs` by the lower layer's equalities alone, its pattern that of `inputs`; from another start or the same.
-
-        The weighted solves of `descend` end early; this one is as exact as `between` is.
-        """
-        block = self.net.lower
-        cells = block.cells(block.forward(self.inputs))
-        passed = torch.nn.functional.one_hot(cells.argmax(-1), cells.shape[-1]) * (cells.amax(-1, keepdim=True) > 0)
-        spread = block.uncells(passed.to(start))
-        lacks = spread * (block.uncells(self.between[..., None].expand_as(cells)) - block.forward(start))
-        return start + self._solve(
-            lambda p: block.back(spread * block.apply(p)),
-            block.back(lacks),
-            iterations=POLISH_ITERATIONS,
-            goal=1e-12,
-            diagonal=block.back(spread, squared=True) + 1e-9,
-        )
 
     def _solve(
         self, multiply: Operator, right: Tensor, *, iterations: int, goal: float, diagonal: Tensor | None = None

@@ -1,7 +1,6 @@
 """`bench batches`: whole batches read back, batch size and labels not told; pictures matched to the truth afterwards.
 
-Fresh weights for every batch; pictures of each set and their mirror images, so that labels repeat. Only the scoring
-sees the truth.
+Fresh weights for every batch, whose labels may repeat. Only the scoring sees the truth.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from attack.metrics import score
 from attack.reconstruct import reconstruct
 from harness.errors import ConfigError
 from nodes.benchmarks.base import Benchmark
-from nodes.benchmarks.subjects import MIRRORED, Subject, dataset, stage
+from nodes.benchmarks.subjects import Subject, dataset, stage
 from nodes.commands.base import Result
 from nodes.console import console, table
 
@@ -52,9 +51,9 @@ class Batches(Benchmark):
         "lenet/8",
     )
     """MODEL/BATCH: each net, and the size of its batches."""
-    data: tuple[str, ...] = ("cifar100", "photos")
-    """Data sets that pictures are drawn from."""
-    seeds: int = 5
+    data: tuple[str, ...] = ("cifar100+photos",)
+    """Data sets that pictures are drawn from; a plus joins several, and +mirrored adds every picture's mirror image."""
+    seeds: int = 10
     """Batches for each of them, each with weights of its own."""
     seed: int = 0
     """The first of them."""
@@ -71,8 +70,8 @@ class Batches(Benchmark):
         places = list(itertools.product(plan, self.data, range(self.seed, self.seed + self.seeds)))
         rows = []
         for (model, size), data, seed in track(places, description="batches", console=console, transient=True):
-            if size > len(dataset(data + MIRRORED).labels):
-                raise ConfigError(f"bench: {data} and its mirror images are fewer than {size} pictures")
+            if size > len(dataset(data).labels):
+                raise ConfigError(f"bench: {data} has fewer than {size} pictures")
             rows.append(self._attack(model, size, data, seed))
             if not console.is_terminal:
                 console.print(_line(rows[-1]), markup=False)
@@ -81,7 +80,7 @@ class Batches(Benchmark):
         return self.report([to_plain(case) for case in (*cases, *rows)], text=text)
 
     def _attack(self, model: str, size: int, data: str, seed: int) -> dict[str, Any]:
-        subject = Subject(model=model, data=data + MIRRORED, batch_size=size, trained=0, observed="raw", seed=seed)
+        subject = Subject(model=model, data=data, batch_size=size, trained=0, observed="raw", seed=seed)
         observation, knowledge, truth = stage(subject)
         found = reconstruct(observation, knowledge, method=self.method, seed=seed, deadline_s=self.deadline_s)
         errors, labels_ok = None, None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attack.observation import Knowledge, Known, Observation
 from harness.data import Dataset, load_data
+from harness.errors import ConfigError
 from harness.gradients import mean_gradient
 from harness.models import LOSSES, load_model
 from harness.seeding import derive, generator
@@ -25,8 +26,8 @@ SETS = ("cifar10", "cifar100", "mnist", "fashion-mnist", "faces", "photos")
 OBSERVED = ("raw", "differenced", "holes", "float16")
 """As it was sent; from float32 sums with another rank's; with unknown elements before the last layer; rounded."""
 HOLES = 0.3
-MIRRORED = "+mirrored"
-"""After a data set's name: twice the pictures, each label at least twice."""
+MIRRORED = "mirrored"
+"""After a data set's name and a plus: twice the pictures, each label at least twice."""
 TRAINING_BATCH = 16
 TRAINING_RATE = {"lenet": 0.3, "mlp": 0.1, "convnet": 0.1, "resnet": 0.05}
 
@@ -56,15 +57,19 @@ class Subject:
 
 @functools.cache
 def dataset(spec: str) -> Dataset:
-    """`load_data`, once; after `MIRRORED`, with the mirror image of every picture."""
-    plain = load_data(spec.removesuffix(MIRRORED))
-    if not spec.endswith(MIRRORED):
-        return plain
-    return dataclasses.replace(
-        plain,
-        pictures=np.concatenate([plain.pictures, plain.pictures[..., ::-1]]),
-        labels=np.concatenate([plain.labels, plain.labels]),
-    )
+    """`load_data`, once; of several sets joined by a plus, with the mirror image of every picture after `MIRRORED`.
+
+    Raises: ConfigError where they do not fit together.
+    """
+    *names, last = spec.split("+")
+    sets = [load_data(name) for name in (*names, last) if name != MIRRORED]
+    if len({(each.input_shape, each.classes) for each in sets}) != 1:
+        raise ConfigError(f"data {spec!r}: wanted sets of one input shape and number of classes, joined by a plus")
+    pictures = np.concatenate([each.pictures for each in sets])
+    labels = np.concatenate([each.labels for each in sets])
+    if last == MIRRORED:
+        pictures, labels = np.concatenate([pictures, pictures[..., ::-1]]), np.concatenate([labels, labels])
+    return dataclasses.replace(sets[0], pictures=pictures, labels=labels)
 
 
 def draw(

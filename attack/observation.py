@@ -112,6 +112,13 @@ class Observation:
         """Share of the gradient's elements that are known to the bit, 0 to 1."""
         return float((self.known == Known.RAW).float().mean()) if self.known.numel() else 1.0
 
+    def taken_literally(self) -> Observation:
+        """As who knows nothing of defenses sees it: what was sent is the gradient, and what was not sent is zero."""
+        coded = self.known == Known.CODED
+        known = torch.where(coded, torch.tensor(int(Known.RAW), dtype=torch.uint8), self.known)
+        bound = None if self.bound is None else torch.where(coded, 0.0, self.bound)
+        return dataclasses.replace(self, known=known, bound=bound, defense=None)
+
     def summary(self) -> dict[str, object]:
         """What a report prints of it: plain numbers and texts."""
         return {

@@ -2,6 +2,7 @@
 
 from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
+from attack.algorithms.coarse import coarse
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.gradinversion import gradinversion
@@ -17,6 +18,7 @@ METHODS: dict[str, Method] = {
     "unmix": unmix,
     "gauss-newton": gauss_newton,
     "patterns": patterns,
+    "coarse": coarse,
     "idlg": idlg,
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,

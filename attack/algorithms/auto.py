@@ -12,6 +12,7 @@ import dataclasses
 from torch import nn
 
 from attack.algorithms.base import Answer, Method
+from attack.algorithms.coarse import coarse
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
@@ -26,6 +27,8 @@ from attack.engine.features import NoFeatures, count_examples
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected
 
+COARSE = 1e-4
+"""Error of a gradient, relative to its size, above which the closed forms are not tried first."""
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
 """Layers at whose kinks the gradient jumps: an L-BFGS search from afar sticks there."""
 
@@ -34,6 +37,8 @@ def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
     plan: list[tuple[str, Method, str]] = []
     examples, source = _batch_size(target)
+    if examples == 1 and _coarse(target):
+        plan.append(("coarse", coarse, "one example, its gradient rounded, noisy or not all sent: weigh what is known"))
     if examples == 1 and any(isinstance(module, nn.MaxPool2d) for module in target.model.modules()):
         plan.append(("patterns", patterns, "one example through max pooling: find which positions passed"))
     elif examples == 1 and target.again and not _connected(target):
@@ -76,6 +81,13 @@ def auto(target: Target, context: Context) -> Answer:
         route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
     assert best is not None
     return dataclasses.replace(best, route="; then ".join(route), batch_size_read=bool(source))
+
+
+def _coarse(target: Target) -> bool:
+    """Whether the gradient is known far less well than float32, or its last layer not in full."""
+    if target.expected_residual > COARSE:
+        return True
+    return len(target.shapes) > 1 and not all(bool(known.all()) for known in target.tensors(target.known)[-2:])
 
 
 def _kinked(target: Target) -> bool:

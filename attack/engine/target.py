@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from attack.defense import PublicDefense
 from attack.engine.normalization import floating_buffers, set_modes
 from attack.errors import AttackError
 from attack.observation import BATCH_NORM_MODES, Knowledge, Observation
@@ -184,7 +185,11 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     model, batch_norm = _model(observation, knowledge)
     batch_size, classes = _fit(model, knowledge)
     gradient = torch.where(known, observation.gradient, 0.0).double()
-    bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double() * known
+    bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
+    if observation.defense is not None:
+        # Noise of a known law counts as an error that is uniform, with the same variance.
+        bound = torch.hypot(bound, torch.tensor(math.sqrt(3) * PublicDefense.read(observation.defense).noise))
+    bound = torch.where(known, bound, 0.0)
     target = Target(
         model=model.to(device),
         loss=LOSSES[knowledge.loss],

@@ -19,6 +19,7 @@ from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
 from attack.recurrence import join_steps
 from attack.victims import Listener, Plan, Share, VictimProgress, attack_all
+from harness.defenses import load_defense
 from harness.errors import ConfigError
 from harness.models import load_model
 from harness.models.spec import parse_spec
@@ -39,8 +40,12 @@ class Attack(Command):
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
     """auto (picks, and says why), dlg, idlg, inverting-gradients, gradinversion, rgap (one example, in closed form),
-    patterns (one example through max pooling), unmix (batches of fully connected nets, exactly) or gauss-newton
-    (batches of convolutional ones)."""
+    patterns (one example through max pooling), coarse (one example, its gradient rounded, noisy or pruned), unmix
+    (batches of fully connected nets, exactly) or gauss-newton (batches of convolutional ones)."""
+    defense: str | None = None
+    """The sender's defense (docs/defenses.md), where you know it and the traffic does not say it: that of noise."""
+    naive: bool = False
+    """Take what was sent for the gradient, as if there were no defense; otherwise the attack adapts to it."""
     victim: str | None = None
     """rank:R for one rank; left out: all that were observed."""
     steps: str | None = None
@@ -97,6 +102,10 @@ class Attack(Command):
             optimizer_source=source.rule.source.value,
             optimizer_evidence=source.rule.evidence,
         )
+        if self.defense is not None:
+            load_defense(self.defense)  # a wrong name says so
+            if self.naive:
+                raise ConfigError("naive: has no use for a defense; leave out one of the two")
         plan = Plan(
             method=self.method,
             seed=self.seed,
@@ -149,7 +158,11 @@ class Attack(Command):
                 return
             if observation.step >= first and rank in (None, observation.rank):
                 # An attack has no use for what the other ranks sent too.
-                yield dataclasses.replace(observation, average=None)
+                seen_alone = dataclasses.replace(observation, average=None)
+                if self.naive:
+                    yield seen_alone.taken_literally()
+                else:
+                    yield dataclasses.replace(seen_alone, defense=observation.defense or self.defense)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,120 @@
+"""Rounded, pruned and noisy gradients of one example, and what may be claimed of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from attack.algorithms import Status
+from attack.decode.assembly import Assembly
+from attack.decode.defended import PublicSide
+from attack.decode.vector import Origin, Piece, Place
+from attack.engine.features import NoFeatures
+from attack.engine.last_layer import read_coarsely
+from attack.engine.target import prepare
+from attack.observation import Knowledge, Known, Observation
+from attack.reconstruct import reconstruct
+from harness.data import load_data
+from harness.defenses import load_defense
+from harness.exchange.base import as_coded
+from harness.models import load_model
+from harness.wire.codec import decode
+from tests.attack import toys
+
+LENET = "lenet:input=1x16x16,classes=10"
+KNOWLEDGE = Knowledge(model=LENET, input_shape=(1, 16, 16), batch_size=1)
+
+
+def defended(spec: str, seen: Observation) -> Observation:
+    """The observation of what a rank would have sent in place of this gradient, as the decoder puts it together."""
+    sizes = tuple(torch.Size(shape).numel() for shape in seen.shapes)
+    chain = load_defense(spec)
+    coded = as_coded(chain(seen.gradient, sizes, chain.begin(sizes), seed=3, rank=0, step=0)[0])
+    codec, params, payload = coded.part(0, coded.size)
+    assembly = Assembly(coded.size)
+    said = decode(codec, coded.size, params, payload)
+    origin = Origin(None, 0, 0, 0)  # type: ignore[arg-type]
+    assembly.place(Piece(Place(0, coded.size), said, (), spec, origin, codec=codec))
+    found = PublicSide().limit(0, 0, assembly.gradient(), seen.shapes)
+    return dataclasses.replace(
+        seen,
+        gradient=torch.from_numpy(found.values.copy()),
+        known=torch.from_numpy(found.known),
+        bound=None if found.bound is None else torch.from_numpy(found.bound),
+        defense=spec,
+    )
+
+
+def picture(index: int) -> tuple[Tensor, Tensor]:
+    """A photograph, scaled down and gray, and a label."""
+    inputs = torch.from_numpy(load_data("cifar100").pictures[index : index + 1]).float() / 255
+    return torch.nn.functional.avg_pool2d(inputs, 2).mean(1, keepdim=True), torch.tensor([3 + index])
+
+
+def observed(index: int) -> tuple[Observation, Tensor, Tensor]:
+    torch.manual_seed(index)
+    inputs, labels = picture(index)
+    return toys.observe(load_model(LENET), inputs, labels), inputs, labels
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).square().mean())
+
+
+@pytest.mark.parametrize(
+    ("spec", "index"), [("int8", 0), ("int8", 4), ("int8:rounding=stochastic", 5), ("prune:0.3", 0), ("prune:0.7", 6)]
+)
+def test_what_the_code_leaves_is_enough(spec, index):
+    seen, inputs, labels = observed(index)
+    found = reconstruct(defended(spec, seen), KNOWLEDGE, deadline_s=60)
+    assert found.status in (Status.FILLED, Status.CONVERGED), found.reason
+    assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None
+    assert found.predicted_mse is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
+
+
+def test_who_ignores_the_code_gets_nothing():
+    seen, _, _ = observed(1)
+    literally = defended("prune:0.5", seen).taken_literally()
+    assert literally.defense is None and (literally.known == Known.RAW).all()
+    found = reconstruct(literally, KNOWLEDGE, deadline_s=3)
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None
+
+
+def test_a_known_law_of_noise_is_an_error_of_that_size():
+    seen, inputs, labels = observed(2)
+    noisy = dataclasses.replace(
+        seen, gradient=load_defense("noise-gaussian:1e-4")(seen.gradient, (), {}, seed=0, rank=0, step=0)[0]
+    )
+    told = dataclasses.replace(noisy, defense="noise-gaussian:1e-4")
+    target = prepare(told, KNOWLEDGE, device=torch.device("cpu"))
+    assert float(target.noise.median()) == pytest.approx(1e-4, rel=1e-2)
+    assert target.residual(inputs.double(), labels) < target.tolerance
+    found = reconstruct(told, KNOWLEDGE, deadline_s=60)
+    assert found.inputs is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
+
+
+@pytest.mark.parametrize("spec", ["int8", "prune:0.8", "qsgd:7"])
+def test_features_are_as_far_off_as_they_are_said_to_be(spec):
+    seen, inputs, labels = observed(3)
+    target = prepare(defended(spec, seen), KNOWLEDGE, device=torch.device("cpu"))
+    *below, last = [module for module in target.model.modules() if not list(module.children())]
+    found = read_coarsely(target, last, mean=0.5, variance=1 / 12)
+    truth = inputs.double()
+    for module in below:
+        truth = module(truth)
+    off = ((found.values - truth) / found.deviation).square().mean().sqrt()
+    # Errors are not normal, and those of 192 features hang together.
+    assert found.label.equal(labels) and 0.3 < off < 2.0
+
+
+def test_two_examples_are_not_one():
+    torch.manual_seed(0)
+    inputs, labels = torch.cat([picture(0)[0], picture(1)[0]]), torch.tensor([2, 7])
+    seen = defended("int8", toys.observe(load_model(LENET), inputs, labels))
+    target = prepare(seen, KNOWLEDGE, device=torch.device("cpu"))
+    last = [module for module in target.model.modules()][-1]
+    with pytest.raises(NoFeatures, match="no one example explains"):
+        read_coarsely(target, last, mean=0.5, variance=1 / 12)

@@ -1,0 +1,33 @@
+"""The picture behind a block's exact features: what annealing leaves wrong is mended."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor, nn
+
+from attack.engine.context import Context
+from attack.engine.picture import SLACK, STEPS, Picture
+from attack.engine.pooling import Block
+
+
+@torch.no_grad()
+def test_what_annealing_leaves_wrong_is_mended() -> None:
+    torch.manual_seed(1)
+    conv = nn.Conv2d(3, 24, 3, padding=1).double()
+    block = Block(conv=conv, window=(2, 2), input_shape=(3, 16, 16), output_shape=(24, 16, 16))
+    blobs = nn.functional.interpolate(torch.rand(1, 3, 6, 6), size=(16, 16), mode="bicubic").double()[0].clamp(0, 1)
+    start = (blobs + 0.03 * torch.randn(blobs.shape, dtype=torch.float64)).clamp(0, 1)
+    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    features = block.output(blobs)
+    search = Picture(block, features, (0.0, 1.0), context)
+    annealed = search._anneal(start, torch.full_like(features, SLACK), STEPS)
+    assert off(annealed, blobs) > 1e-3 and search._unexplained(annealed)[0].any()
+    found = search.search(start)
+    assert off(found, blobs) < 1e-6 and not search._unexplained(found)[0].any()
+    assert off(search.polish(found, start), blobs) < 1e-12
+
+
+def off(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).abs().max())

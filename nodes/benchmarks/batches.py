@@ -61,10 +61,14 @@ class Batches(Benchmark):
     """Longest time for one batch, in seconds."""
     method: str = "auto"
     """As in gradtap attack."""
+    steps: int = 1
+    """Steps that have the same batch, solved together."""
+    rate: float = 0.1
+    """Learning rate of the SGD between them."""
 
     def run(self) -> Result:
         """Every net, data set and seed."""
-        self.check_positive("seeds")
+        self.check_positive("seeds", "steps")
         torch.set_num_threads(1)
         plan = [_parse(text) for text in self.models]
         places = list(itertools.product(plan, self.data, range(self.seed, self.seed + self.seeds)))
@@ -81,7 +85,7 @@ class Batches(Benchmark):
 
     def _attack(self, model: str, size: int, data: str, seed: int) -> dict[str, Any]:
         subject = Subject(model=model, data=data, batch_size=size, trained=0, observed="raw", seed=seed)
-        observation, knowledge, truth = stage(subject)
+        observation, knowledge, truth = stage(subject, steps=self.steps, rate=self.rate)
         found = reconstruct(observation, knowledge, method=self.method, seed=seed, deadline_s=self.deadline_s)
         errors, labels_ok = None, None
         if found.inputs is not None and found.labels is not None and found.inputs.shape == truth.inputs.shape:
@@ -92,6 +96,7 @@ class Batches(Benchmark):
             "batch": size,
             "data": data,
             "seed": seed,
+            "steps": len(found.steps),
             "status": found.status.value,
             "method": found.method,
             "route": found.route,

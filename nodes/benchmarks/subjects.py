@@ -94,8 +94,12 @@ def draw(
     )
 
 
-def stage(subject: Subject) -> tuple[Observation, Knowledge, Batch]:
-    """What a tap would have of the subject, what it is told (neither batch size nor labels), and the truth."""
+def stage(subject: Subject, *, steps: int = 1, rate: float = 0.1) -> tuple[Observation, Knowledge, Batch]:
+    """What a tap would have of the subject, what it is told (neither batch size nor labels), and the truth.
+
+    Args:
+        steps: of SGD at this rate in which both ranks take the same batches again; the first has the others beside it.
+    """
     data = dataset(subject.data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(subject.seed, "weights"))
@@ -103,19 +107,30 @@ def stage(subject: Subject) -> tuple[Observation, Knowledge, Batch]:
     _train(model, data, subject)
     batch = _batch(data, subject.batch_size, generator(subject.seed, "batch"))
     other = _batch(data, subject.batch_size, generator(subject.seed, "other rank"))
-    gradient, known, bound = _see(subject, model, _gradient(model, batch), _gradient(model, other))
+    first, *again = [_observe(subject, model, batch, other, step=step, rate=rate) for step in range(steps)]
+    observation = dataclasses.replace(first, again=tuple(again))
+    return observation, Knowledge(model=subject.specification, input_shape=data.input_shape), batch
+
+
+def _observe(subject: Subject, model: nn.Module, batch: Batch, other: Batch, *, step: int, rate: float) -> Observation:
+    """What is seen of one step, which the model then takes."""
+    own, others = _gradient(model, batch), _gradient(model, other)
+    gradient, known, bound = _see(subject, model, own, others)
+    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     observation = Observation(
         rank=0,
-        step=0,
+        step=step,
         world_size=2,
         exchange="gloo",
         gradient=gradient,
         known=known,
         bound=bound,
-        weights=torch.cat([parameter.detach().flatten() for parameter in model.parameters()]),
+        weights=weights,
         shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
     )
-    return observation, Knowledge(model=subject.specification, input_shape=data.input_shape), batch
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(weights - rate * (own + others) / 2, model.parameters())
+    return observation
 
 
 def _train(model: nn.Module, data: Dataset, subject: Subject) -> None:

@@ -17,6 +17,7 @@ import pytest
 from attack.decode.export import write_observations
 from nodes.cli import main
 from nodes.torchrun import TORCHRUN
+from tests.attack.algorithms.test_joint import NARROW, batch, train
 from tests.attack.test_victims import untimed
 from tests.attack.toys import example, observe, spec
 from tests.nodes.labs import TOKEN, living, processes, read, until
@@ -121,3 +122,15 @@ def process_of_rank(rank: int, token: str) -> int:
     """The first process with a rank's environment: those that it starts inherit that."""
     marks = {f"{TOKEN}={token}".encode(), f"RANK={rank}".encode()}
     return min(int(process.name) for process in processes() if marks <= set(read(process / "environ").split(b"\0")))
+
+
+def test_steps_with_the_same_batch_are_one_victim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, inputs, labels = batch(NARROW, 1, seed=8)
+    write_observations(train(inputs, labels, steps=4, seed=8), tmp_path / "seen.safetensors")
+    command = ["attack", str(tmp_path / "seen.safetensors"), "--model", NARROW, "--input-shape", "3x8x8"]
+    assert main([*command, "--same-batch-every", "1", "--out", str(tmp_path / "attack"), "--json"]) == 0
+    (victim,) = answer(capsys.readouterr().out)["victims"]
+    assert (victim["status"], victim["step"], victim["steps"]) == ("converged", 0, [0, 1, 2, 3])
+    assert victim["observation"]["same_batch_steps"] == [1, 2, 3]
+    assert main([*command, "--same-batch-every", "0", "--out", str(tmp_path / "attack")]) == 2
+    assert "it comes again after 1 step or more, got 0" in capsys.readouterr().err

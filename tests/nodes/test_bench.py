@@ -79,6 +79,13 @@ def test_bench_batches_scores_whole_batches(capsys):
     assert [len(row["mse"]) for row in rows] == [6, 2]
 
 
+def test_bench_batches_that_come_again(capsys):
+    arguments = ["--models", "lenet/1", "--data", "faces", "--seeds", "1", "--steps", "2", "--json"]
+    assert main(["bench", "batches", *arguments]) == 0
+    _, row = json.loads(capsys.readouterr().out)["cases"]
+    assert (row["steps"], row["status"]) == (2, "converged")
+
+
 @pytest.mark.lab
 def test_bench_attack_reads_pictures_out_of_captures_beside_the_published_loop(capsys):
     arguments = ["--images", "1", "--kinds", "photos", "--exchange", "ddp"]

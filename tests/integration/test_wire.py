@@ -67,6 +67,22 @@ def test_ddp_shows_the_statistics_before_and_after_rank_0s_forward_pass(tmp_path
         assert not torch.equal(before, after)
 
 
+def test_of_a_defended_job_no_more_is_known_than_its_code_says(tmp_path: Path) -> None:
+    record(tmp_path, workers=2, servers=1, defense="clip:1e9+topk:0.9", steps=3)
+    seen = observed(tmp_path, optimizer="sgd:lr=0.1")
+    assert len(seen) == 6
+    for one in seen:
+        sent = truth(tmp_path, one)
+        raw = one.known == Known.RAW
+        assert one.complete and one.defense == "clip:1e9+topk:0.9"
+        assert torch.equal(one.gradient[raw], sent["gradient"][raw]) and torch.equal(one.limited, raw)
+        assert one.weights is not None and torch.equal(one.weights, sent["weights"])
+    assert all(0.09 < one.known_fraction < 0.11 for one in seen if one.step == 0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    mask, values = 85_036 // 8, 4 * (90 + 360 + 360 + 7680 + 10 + 3 * 2)  # a tenth of each tensor, rounded up
+    assert all(0 <= line["bytes_out"] - mask - values <= 2 for line in lines)
+
+
 def test_where_ranks_serve_the_rest_is_known_within_its_bound(tmp_path: Path) -> None:
     record(tmp_path, workers=3, servers=0)
     seen = observed(tmp_path, optimizer="sgd:lr=0.1")

@@ -50,19 +50,15 @@ def auto(target: Target, context: Context) -> Answer:
         plan.append(("unmix", unmix, "one example through fully connected layers: each solved on its own"))
     else:
         plan.append(_batch(target, examples, f"{examples} examples{source}"))
-    if examples == 1 or target.labels is not None:
-        if _kinked(target):
-            plan.append(
-                (
-                    "inverting-gradients",
-                    inverting_gradients,
-                    "the gradient has kinks: match its direction, with a prior",
-                )
-            )
-        plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
-    elif not _kinked(target):
-        plan.append(("idlg", idlg, "the likeliest labels of the batch: search the inputs alone"))
-    plan.append(("dlg", dlg, "search inputs and labels together"))
+    if _kinked(target) and (examples == 1 or target.labels is not None):
+        why = "the gradient has kinks, where a search from afar sticks: match its direction, with a prior"
+        plan.append(("inverting-gradients", inverting_gradients, why))
+    else:
+        if examples == 1 or target.labels is not None:
+            plan.append(("idlg", idlg, "the label is read or told: search the input alone"))
+        elif not _kinked(target):
+            plan.append(("idlg", idlg, "the likeliest labels of the batch: search the inputs alone"))
+        plan.append(("dlg", dlg, "search inputs and labels together"))
     counted = dataclasses.replace(target, batch_size=examples)
 
     best, least, route = None, float("inf"), []

@@ -5,6 +5,7 @@ Knows numbers and segments; nothing of why a unit was chosen.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 from harness.errors import DefenseError
 from harness.wire.coded import Float32
 
+_LONG = 1 << 12
+"""Elements of a segment, in the mean, from which on they are long."""
 _BLOCK = 1 << 16
 """Elements worked on at a time, so that what lies between stays in the cache."""
 
@@ -33,6 +36,8 @@ def by_segment(reduce: np.ufunc, values: Float32, cut: np.ndarray) -> np.ndarray
     """A number for each segment, e.g. its sum for `np.add`."""
     if len(cut) == 1:
         return np.zeros(0, np.float32)
+    if cut[-1] > _LONG * len(cut):  # one by one, as `reduceat` takes no part of what makes `reduce` quick
+        return np.array([reduce.reduce(values[begin:end]) for begin, end in itertools.pairwise(cut)], np.float32)
     exact = np.float64 if reduce is np.add else None  # it adds one after the other
     return np.asarray(reduce.reduceat(values, cut[:-1], dtype=exact))
 
@@ -63,6 +68,7 @@ def round_levels(
 
 def as_finite(gradient: Tensor, defense: str) -> Float32:
     """The gradient as an array. Raises: DefenseError, as levels cannot say what is not a number."""
-    if not gradient.isfinite().all():
+    # Not a number goes into either end; a mask of all elements would cost as much as the rounding.
+    if gradient.numel() and not torch.stack(torch.aminmax(gradient)).isfinite().all():
         raise DefenseError(f"{defense}: the gradient is not finite; the training diverged: lower the learning rate")
     return gradient.numpy()

@@ -32,8 +32,8 @@ class Gaussian(Step):
         check_std(self.std)
 
     def __call__(self, gradient: Tensor, state: State, moment: Moment) -> tuple[Tensor, State]:
-        noise = torch.empty(gradient.shape).normal_(generator=moment.generator())
-        return torch.add(gradient, noise.to(gradient.device), alpha=self.std), state
+        noise = torch.empty(gradient.shape).normal_(std=self.std, generator=moment.generator())
+        return noise.to(gradient.device).add_(gradient), state
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

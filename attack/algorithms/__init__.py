@@ -9,6 +9,7 @@ from attack.algorithms.gradinversion import gradinversion
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.patterns import patterns
+from attack.algorithms.residual import residual
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "gauss-newton": gauss_newton,
     "patterns": patterns,
     "coarse": coarse,
+    "residual": residual,
     "idlg": idlg,
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,

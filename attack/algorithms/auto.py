@@ -18,6 +18,7 @@ from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.patterns import patterns
+from attack.algorithms.residual import residual as walk_residual
 from attack.algorithms.rgap import rgap
 from attack.algorithms.unmix import unmix
 from attack.engine.chain import NoChain, trace
@@ -44,6 +45,10 @@ def auto(target: Target, context: Context) -> Answer:
     elif examples == 1 and target.again and not _connected(target):
         steps = f"one example at {1 + len(target.again)} steps"
         plan.append(("gauss-newton", gauss_newton, f"{steps}: walk back in closed form, then all together if need be"))
+    elif examples == 1 and any(isinstance(module, nn.BatchNorm2d) for module in target.model.modules()):
+        plan.append(
+            ("residual", walk_residual, "one example through batch norm: walk down layer by layer, then the pixels")
+        )
     elif examples == 1 and not _connected(target):
         plan.append(("rgap", rgap, "one example: walk back in closed form"))
     elif examples == 1:

@@ -105,6 +105,33 @@ def _moved(model: nn.Module, before: Sequence[Tensor], after: Sequence[Tensor] |
     return {id(norm): not (same[id(norm.running_mean)] and same[id(norm.running_var)]) for norm in norms}
 
 
+def seen_statistics(
+    model: nn.Module, before: Sequence[Tensor], after: Sequence[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and unbiased variance of what one batch gave to each norm in training mode, shape (channels,), by name.
+
+    Running statistics move by new = (1 - momentum) old + momentum batch: what they moved by is the batch's own. Empty
+    where that makes no sense: another number of passes came between.
+
+    Args:
+        before, after: floating-point buffers, of the rank whose batch it was.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    buffers = zip(floating_buffers(model), before, after, strict=True)
+    moved = {id(buffer): (old.double(), new.double()) for buffer, old, new in buffers}
+    for name, norm in model.named_modules():
+        if not isinstance(norm, _BatchNorm) or not norm.training or norm.running_mean is None or not norm.momentum:
+            continue
+        mean, variance = (
+            (new - (1 - norm.momentum) * old) / norm.momentum
+            for old, new in (moved[id(norm.running_mean)], moved[id(norm.running_var)])
+        )
+        if not (mean.isfinite().all() and variance.isfinite().all() and variance.min() > -1e-4 * variance.max()):
+            return {}
+        found[name] = mean, variance.clamp(min=0)
+    return found
+
+
 def floating_buffers(model: nn.Module) -> list[Tensor]:
     """In the order in which an exchange sends them."""
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]

@@ -11,13 +11,13 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from attack.defense import PublicDefense
-from attack.engine.normalization import floating_buffers, set_modes
+from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.errors import AttackError
 from attack.observation import BATCH_NORM_MODES, Knowledge, Observation
 from harness.models import LOSSES, load_model
@@ -67,6 +67,9 @@ class Target:
     step: int = 0
     again: tuple[Target, ...] = ()
     """The same batch's gradients at other steps, by other weights, where that was declared."""
+    statistics: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
+    """Mean and unbiased variance of what this very batch gave each batch norm in training mode, float64, shape
+    (channels,), by the module's name; empty where they were not seen."""
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +185,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     if knowledge.loss not in LOSSES:
         raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
 
-    model, batch_norm = _model(observation, knowledge)
+    model, batch_norm, statistics = _model(observation, knowledge)
     batch_size, classes = _fit(model, knowledge)
     gradient = torch.where(known, observation.gradient, 0.0).double()
     bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
@@ -207,6 +210,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         batch_norm=batch_norm,
         step=observation.step,
         again=_again(observation, knowledge, device),
+        statistics={name: (mean.to(device), variance.to(device)) for name, (mean, variance) in statistics.items()},
     )
     if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
         raise AttackError(f"labels {list(knowledge.labels or ())}: model {knowledge.model!r} has {classes} classes")
@@ -222,8 +226,13 @@ def _again(observation: Observation, knowledge: Knowledge, device: torch.device)
     return tuple(targets)
 
 
-def _model(observation: Observation, knowledge: Knowledge) -> tuple[nn.Module, str | None]:
-    """The model at the observed weights, and what is to be said of its batch norms. Raises: Refused, AttackError."""
+def _model(
+    observation: Observation, knowledge: Knowledge
+) -> tuple[nn.Module, str | None, dict[str, tuple[Tensor, Tensor]]]:
+    """The model at the observed weights, what is to be said of its batch norms, and what this batch gave them.
+
+    Raises: Refused, AttackError.
+    """
     with torch.random.fork_rng(
         devices=[]
     ):  # a fresh model draws weights; the caller's global generator stays as it was
@@ -262,7 +271,9 @@ def _model(observation: Observation, knowledge: Knowledge) -> tuple[nn.Module, s
     )
     if frozen and before is None:
         raise Refused(f"{described}; the running statistics that this takes were not seen", observed=False)
-    return model, described
+    # Only rank 0's buffers are ever sent.
+    seen_by = before is not None and after is not None and observation.rank == 0
+    return model, described, seen_statistics(model, before or [], after or []) if seen_by else {}
 
 
 def _split(flat: Tensor | None, like: list[Tensor]) -> list[Tensor] | None:

@@ -1,4 +1,5 @@
-"""`bench patterns`: one picture through ReLU and max pooling, beside Inverting Gradients as published.
+"""`bench patterns`: one picture through ReLU and max pooling, or through a residual network, beside Inverting Gradients
+as published.
 
 Fresh weights and another picture for each seed. Ours is judged without the truth: where it did not converge it gives no
 picture, and has no score; the reference gets the better of its two runs, chosen by the truth, and the cost of one.
@@ -38,7 +39,7 @@ class Patterns(Benchmark):
     """One picture through ReLU and max pooling, by `gradtap attack` and by Inverting Gradients as published."""
 
     model: str = "convnet"
-    """A net, without the input's shape and the classes."""
+    """A net, without the input's shape and the classes; e.g. resnet:depth=18,norm=frozen with --method residual."""
     data: tuple[str, ...] = ("photos", "cifar100")
     """Data sets."""
     seeds: int = 6
@@ -93,6 +94,9 @@ class Patterns(Benchmark):
         model = load_model(knowledge.model)
         assert observation.weights is not None
         nn.utils.vector_to_parameters(observation.weights, model.parameters())
+        if observation.buffers is not None:
+            statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+            nn.utils.vector_to_parameters(observation.buffers, statistics)
         sizes = [parameter.numel() for parameter in model.parameters()]
         parts = zip(observation.gradient.split(sizes), model.parameters(), strict=True)
         gradients = [part.view_as(parameter) for part, parameter in parts]

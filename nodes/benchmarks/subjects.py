@@ -114,7 +114,8 @@ def stage(subject: Subject, *, steps: int = 1, rate: float = 0.1) -> tuple[Obser
 
 def _observe(subject: Subject, model: nn.Module, batch: Batch, other: Batch, *, step: int, rate: float) -> Observation:
     """What is seen of one step, which the model then takes."""
-    own, others = _gradient(model, batch), _gradient(model, other)
+    before, own = _buffers(model), _gradient(model, batch)
+    after, others = _buffers(model), _gradient(model, other)
     gradient, known, bound = _see(subject, model, own, others)
     weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     observation = Observation(
@@ -126,6 +127,8 @@ def _observe(subject: Subject, model: nn.Module, batch: Batch, other: Batch, *, 
         known=known,
         bound=bound,
         weights=weights,
+        buffers=before,
+        buffers_after=after,
         shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
     )
     with torch.no_grad():
@@ -149,6 +152,12 @@ def _batch(data: Dataset, size: int, draws: torch.Generator) -> Batch:
     return Batch(
         inputs=torch.from_numpy(data.pictures[chosen]).float() / 255, labels=torch.from_numpy(data.labels[chosen])
     )
+
+
+def _buffers(model: nn.Module) -> Tensor | None:
+    """As DDP broadcasts them; None where there are none."""
+    floating = [buffer.flatten().clone() for buffer in model.buffers() if buffer.is_floating_point()]
+    return torch.cat(floating) if floating else None
 
 
 def _gradient(model: nn.Module, batch: Batch) -> Tensor:

@@ -40,8 +40,9 @@ class Attack(Command):
     """Folder for attack.json, reconstructions.safetensors and pictures; `gradtap evaluate RUN` looks in RUN/attack."""
     method: str = "auto"
     """auto (picks, and says why), dlg, idlg, inverting-gradients, gradinversion, rgap (one example, in closed form),
-    patterns (one example through max pooling), coarse (one example, its gradient rounded, noisy or pruned), unmix
-    (batches of fully connected nets, exactly) or gauss-newton (batches of convolutional ones)."""
+    patterns (one example through max pooling), residual (one through a residual network with batch norm), coarse (one
+    example, its gradient rounded, noisy or pruned), unmix (batches of fully connected nets, exactly) or gauss-newton
+    (batches of convolutional ones)."""
     defense: str | None = None
     """The sender's defense (docs/defenses.md), where you know it and the traffic does not say it: that of noise."""
     naive: bool = False

@@ -37,6 +37,9 @@ DETERMINED = Settings(steps=16, iterations=150)
 """Where the equations may suffice: LeNet with 48 channels takes 8 steps at batch 8."""
 SHORT = Settings(steps=20, iterations=300)
 """Where the equations run out: exactness is of no use there, a slow descent is."""
+WHOLE = 3
+"""Descents on the whole gradient, one from the end of the other: one is enough for most batches; a second and a third
+go on where conjugate gradients were too slow for its last steps."""
 LOOSE = 1e6
 """s from which on what is left open is drawn there: with less, conjugate gradients do not converge."""
 LAGGING = 10.0
@@ -88,7 +91,9 @@ def gauss_newton(target: Target, context: Context) -> Answer:
     watch(middle)
     rows = equations(target, cut)
     solution = minimize(rows, middle, prior, context, settings, done=done, watch=watch)
-    if not done(solution.inputs) and context.seconds_left:  # what was solved above the cut was not exact enough
+    for _ in range(WHOLE):  # what was solved above the cut was not exact enough
+        if done(solution.inputs) or not context.seconds_left:
+            break
         rows = _whole(target, labels)
         solution = minimize(rows, solution.inputs, prior, context, settings, done=done, watch=watch)
     left = spread(

@@ -180,7 +180,7 @@ def _smallest(z: Tensor) -> tuple[Tensor, Tensor]:
 def _check_statistics(target: Target, graph: Graph) -> None:
     """Raises: NoWalk where a norm normalizes by the batch, and the batch's statistics were not seen."""
     norms = [node for node in graph.nodes if node.kind is Kind.NORM]
-    unseen = [node for node in norms if node.module.training and node.name not in target.statistics]  # type: ignore[union-attr]
+    unseen = [node for node in norms if node.layer.training and node.name not in target.statistics]
     if unseen:
         raise NoWalk(
             "batch norm normalizes by the batch, whose statistics were not seen: DDP's buffers show those of rank 0, "
@@ -195,11 +195,10 @@ def _with_own_statistics(target: Target, graph: Graph, inputs: Tensor) -> Target
 
     def forward(place: int, z: Tensor) -> Tensor:
         node = graph.nodes[place]
-        assert node.module is not None
         if node.name in own:
             variance, mean = torch.var_mean(z, dim=(0, 2, 3))
             own[node.name] = mean, variance
-        output: Tensor = node.module(z)
+        output: Tensor = node.layer(z)
         return output
 
     with torch.no_grad():

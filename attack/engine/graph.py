@@ -87,6 +87,12 @@ class Node:
     shape: tuple[int, ...]
     """Of one example's output."""
 
+    @property
+    def layer(self) -> nn.Module:
+        """The module, of an operation that has one."""
+        assert self.module is not None
+        return self.module
+
 
 class Graph:
     """A model's operations, the input's first and the last linear layer's last."""
@@ -98,7 +104,7 @@ class Graph:
         for place, node in enumerate(self.nodes):
             for source in node.sources:
                 self.users[source].append(place)
-        if self.nodes[-1].kind is not Kind.LINEAR or self.nodes[-1].module.bias is None:  # type: ignore[union-attr]
+        if self.nodes[-1].kind is not Kind.LINEAR or self.nodes[-1].layer.bias is None:
             raise NoGraph("the last layer is not linear with a bias")
         probe = torch.rand(2, *input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         probe = probe.to(next(model.parameters()).device)
@@ -147,8 +153,7 @@ def _apply(node: Node, inputs: list[Tensor]) -> Tensor:
         return inputs[0].mean((2, 3)).reshape(-1, *node.shape)
     if node.kind is Kind.SAME:
         return inputs[0].reshape(-1, *node.shape)
-    assert node.module is not None
-    output: Tensor = node.module(inputs[0])
+    output: Tensor = node.layer(inputs[0])
     return output
 
 

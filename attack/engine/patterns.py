@@ -17,6 +17,8 @@ settles more. Knows neither label nor truth.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ class Patterns:
             rows = self._upper_rows(torch.hypot(off, scale * self._norm), scale, trust)
             tie = (1e-3 / scale) ** 2
             step = self._solve(
-                lambda u, rows=rows, tie=tie: rows.normal(u) + tie * u,  # type: ignore[misc]
+                functools.partial(rows.normal, tie=tie),
                 rows.downhill(self.between),
                 iterations=100,
                 goal=1e-8,
@@ -232,11 +234,11 @@ class _UpperRows:
         mean = torch.einsum("oc,ocq->cq", size, likely)
         self._spread = torch.diag_embed(mean) - torch.einsum("oc,ocq,ocr->cqr", size, likely, likely)
 
-    def normal(self, u: Tensor) -> Tensor:
-        """(J'WJ + spread) u."""
+    def normal(self, u: Tensor, tie: float = 0.0) -> Tensor:
+        """(J'WJ + spread + tie) u."""
         patches = self._block.patches(u)
         back = (self._weights * (self._error @ patches.T)).T @ self._error + self._spread_of(patches)
-        return self._block.unpatch(back) + self._block.back(self._values * self._block.apply(u))
+        return self._block.unpatch(back) + self._block.back(self._values * self._block.apply(u)) + tie * u
 
     def downhill(self, u: Tensor) -> Tensor:
         """-(half the slope) at the features that these rows were made at."""

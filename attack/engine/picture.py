@@ -105,15 +105,19 @@ class Picture:
             if shake is not None and step < steps // 2:
                 weights = weights * shake[..., None]
             spread = block.uncells(torch.maximum(weights, torch.where(lacks < 0, 1 / scale, 0.0)))
-            move = self._solve(
-                lambda p, w=spread: block.back(w * block.apply(p)) + 1e-6 * p,  # type: ignore[misc]
-                block.back(spread * block.uncells(lacks)),
-                block.back(spread, squared=True) + 1e-6,
-                ITERATIONS,
-                1e-4,
-            )
-            x = (x + move).clamp(*self._range)
+            x = (x + self._step(spread, block.uncells(lacks))).clamp(*self._range)
         return x
+
+    def _step(self, weights: Tensor, lacks: Tensor) -> Tensor:
+        """The move that makes up for what positions lack, by weighted least squares."""
+        block = self._block
+        return self._solve(
+            lambda p: block.back(weights * block.apply(p)) + 1e-6 * p,
+            block.back(weights * lacks),
+            block.back(weights, squared=True) + 1e-6,
+            ITERATIONS,
+            1e-4,
+        )
 
     def _solve(self, multiply: Operator, right: Tensor, diagonal: Tensor, iterations: int, goal: float) -> Tensor:
         inverse = diagonal.reciprocal()

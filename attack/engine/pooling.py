@@ -132,7 +132,8 @@ def read(target: Target) -> Pooled:
     rows, columns = (upper.output_shape[1] // upper.window[0], upper.output_shape[2] // upper.window[1])
     shape = (upper.output_shape[0], rows, columns)
     active = (features > SURE * doubt).view(shape)
-    head: nn.Linear = links[-1].module  # type: ignore[assignment]
+    head = links[-1].module
+    assert isinstance(head, nn.Linear)  # as `_blocks` found
     error = (head.weight.detach().T @ logit_error).view(shape)
     return Pooled(
         lower=lower,

@@ -83,7 +83,7 @@ class Norms:
 
     def by_batch(self, place: int) -> bool:
         """Whether a norm normalizes by the batch."""
-        return bool(self._nodes[place].module.training)  # type: ignore[union-attr]
+        return bool(self._nodes[place].layer.training)
 
     def forward(self, place: int, z: Tensor) -> Tensor:
         """The output, of an input of shape (1, channels, height, width)."""
@@ -387,7 +387,7 @@ class _Walk:
         """
         systems, rights = [], []
         for each, error in zip(consumers, errors, strict=True):
-            at = self._places[id(self._nodes[each.place].module.weight)]  # type: ignore[union-attr]
+            at = self._places[id(self._nodes[each.place].layer.weight)]
             weight = 1 / float(self._noises[at].square().mean().sqrt())
             channels, link = len(error), self._link(each.place)
             systems.append(weight * gradient_rows(link, error.flatten()).view(channels, -1, shape[1] * shape[2]))
@@ -474,6 +474,5 @@ class _Walk:
 
     def _link(self, place: int) -> Link:
         node = self._nodes[place]
-        assert node.module is not None
         shape = self._nodes[node.sources[0]].shape
-        return Link(name=node.name, module=node.module, input_shape=shape, output_shape=node.shape)
+        return Link(name=node.name, module=node.layer, input_shape=shape, output_shape=node.shape)

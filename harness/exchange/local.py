@@ -66,7 +66,10 @@ class Table:
             given = self._given.setdefault(key, {})
             given[rank] = vector
             self._changed.notify_all()
-            missing = lambda: set(range(self.world_size)) - set(given)  # noqa: E731
+
+            def missing() -> set[int]:
+                return set(range(self.world_size)) - set(given)
+
             self._changed.wait_for(lambda: not missing() or missing() & self._left, deadline_s)
             if gone := missing() & self._left:
                 raise PeerError(f"rank {rank}, step {step}: wanted a {kind} of rank {min(gone)}, which has left")

@@ -205,7 +205,7 @@ class ZeroMQExchange(Exchange):
                 return
             if (left := last + self._deadline_s - time.monotonic()) <= 0:
                 raise DeadlineError(f"{self._where}: no {self._missing()}")
-            self._poller.poll(left * 1000)  # type: ignore[arg-type]
+            self._poller.poll(int(left * 1000))
 
     def _take(self) -> bool:
         """Handles all that has arrived, without blocking; returns whether anything has."""

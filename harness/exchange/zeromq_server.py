@@ -149,7 +149,7 @@ class ShardServer:
             if wanted is not None and left <= 0:
                 raise DeadlineError(f"no {wanted} within {self._deadline_s:g} s; it is gone or slow")
             # Between steps nobody waits, for as long as they like; the end of a rank's connection still wakes this.
-            self._poller.poll(None if wanted is None else left * 1000)  # type: ignore[arg-type]
+            self._poller.poll(None if wanted is None else int(left * 1000))
 
     def _meet(self, rank: int, *, connection: int) -> None:
         """Remembers whose connection this is. What ended earlier under the same descriptor is forgotten first."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import zmq
 from torch import Tensor, nn
 
-from harness.exchange import AllReduceExchange, Meeting, ShardServer, ZeroMQExchange
+from harness.exchange import AllReduceExchange, Exchange, Meeting, ShardServer, ZeroMQExchange
 
 DEADLINE_S = 120.0
 
@@ -102,10 +102,12 @@ def exchange_ways(rank: int, setting: Setting, stack: ExitStack) -> dict[str, Wa
 
     for exchange in zeromq.values():
         stack.enter_context(exchange)
-    ways: dict[str, Way] = {BASELINE: all_reduce, "gloo, 25 MB buckets": lambda g, step: buckets.average(g, step=step)}
-    for case, exchange in zeromq.items():
-        ways[case] = lambda g, step, exchange=exchange: exchange.average(g, step=step)  # type: ignore[misc]
-    return ways
+    averages = {"gloo, 25 MB buckets": buckets, **zeromq}
+    return {BASELINE: all_reduce} | {case: _average_of(exchange) for case, exchange in averages.items()}
+
+
+def _average_of(exchange: Exchange) -> Way:
+    return lambda gradient, step: exchange.average(gradient, step=step)
 
 
 def run_shard_server(pipe: Connection, world_size: int, run: bytes, index: int, servers: int) -> None:

@@ -11,6 +11,8 @@ import enum
 import torch
 from torch import Tensor
 
+from harness.models import Tokens
+
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -146,7 +148,11 @@ class Knowledge:
     loss: str = "cross_entropy"
     """The public loss, mean over the batch."""
     input_shape: tuple[int, ...]
-    """Shape of one input, e.g. (3, 32, 32)."""
+    """Shape of one input, e.g. (3, 32, 32); for tokens, how many an input has at most."""
+    tokens: Tokens | None = None
+    """What the inputs are made of, where that is tokens and not numbers."""
+    tokenizer: str | None = None
+    """How they are read as text, as `harness.models.load_tokenizer` reads it; no attack needs it."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest value of an input element, in model input units."""
     batch_size: int | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attack.algorithms import METHODS, Answer, Reconstruction, Status
+from attack.algorithms import METHODS, TEXT_METHODS, Answer, Reconstruction, Status
 from attack.certificate import certify
 from attack.engine.context import Context, Progress
 from attack.engine.target import Refused, Target, prepare
@@ -28,6 +28,7 @@ different pictures match as well. 20 dB."""
 COARSE = 1e-3
 """Tolerance from which on a match must come with a prediction of its error: of a gradient rounded to 8 bits pictures
 were found that matched within its 1.5 % and had nothing in common with the true ones."""
+UNSURE = "the gradient is known within {:.1e} of itself, so a match alone proves no"
 UNKNOWN = 1 / 24
 """The same where a prior filled what the equations leave open: half the error of gray for a picture of noise."""
 
@@ -71,6 +72,8 @@ def reconstruct(
     try:
         target = prepare(observation, knowledge, device=here)
         fields["batch_norm"] = target.batch_norm
+        if target.tokens is not None and method not in TEXT_METHODS:
+            raise AttackError(f"method {method!r} is for pictures; for text there are: {', '.join(TEXT_METHODS)}")
         fields |= judge(target, METHODS[method](target, context), context)
     except Refused as refused:
         fields["status"] = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED
@@ -105,26 +108,33 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     if not residual <= tolerance:
         reason = f"its gradient differs by {residual:.1e} of the observed one, at most {tolerance:.1e} is a match"
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
-    certificate = certify(target, answer, context)
-    fields["predicted_mse"] = certificate.predicted_mse
-    if certificate.predicted_mse is None and tolerance > COARSE:
-        return fields | {
-            "reason": f"the gradient is known within {tolerance:.1e} of itself, so a match alone proves no picture"
-        }
-    low, high = target.input_range
-    error = max(certificate.left_open, certificate.predicted_mse or 0.0)
-    if not error <= (UNKNOWN if answer.filled else UNDETERMINED) * (high - low) ** 2:
-        return fields | {
-            "reason": f"the gradient matches, but so do other inputs: mean squared error {error:.1e} or so"
-        }
+    if target.tokens is None:
+        fields["predicted_mse"], doubt = _doubt(target, answer, tolerance, context)
+    else:
+        doubt = f"{UNSURE.format(tolerance)} text" if tolerance > COARSE else None
+    if doubt is not None:
+        return fields | {"reason": doubt}
     frames = answer.film.frames
     return fields | {
         "status": Status.FILLED if answer.filled else Status.CONVERGED,
         "steps": (target.step, *(other.step for other in target.again if other.explained_by(inputs, labels))),
         "reason": answer.reason if answer.filled else None,
-        "inputs": inputs.float().cpu(),
+        "inputs": inputs.cpu() if target.tokens else inputs.float().cpu(),
         "labels": answer.labels.cpu(),
         "soft_labels": None if answer.soft_labels is None else answer.soft_labels.detach().float().cpu(),
         "frames": torch.stack([frame for _, frame in frames]) if frames else None,
         "frame_iterations": tuple(iteration for iteration, _ in frames),
     }
+
+
+def _doubt(target: Target, answer: Answer, tolerance: float, context: Context) -> tuple[float | None, str | None]:
+    """The mean squared error to expect of a picture whose gradient matches; and why it is no answer yet, or None."""
+    certificate = certify(target, answer, context)
+    predicted = certificate.predicted_mse
+    if predicted is None and tolerance > COARSE:
+        return predicted, f"{UNSURE.format(tolerance)} picture"
+    low, high = target.input_range
+    error = max(certificate.left_open, predicted or 0.0)
+    if not error <= (UNKNOWN if answer.filled else UNDETERMINED) * (high - low) ** 2:
+        return predicted, f"the gradient matches, but so do other inputs: mean squared error {error:.1e} or so"
+    return predicted, None

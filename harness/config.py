@@ -20,12 +20,13 @@ class TrainConfig:
     """Synchronous data-parallel training: every rank takes a batch, all average their gradients, all take one step."""
 
     model: str = "lenet"
-    """Model: a built-in name with options (lenet, mlp, convnet, resnet; e.g. resnet:depth=18,norm=frozen),
-    package.module:factory, or path/file.py:factory. Built-in models take their input shape and number of classes from
-    the data."""
+    """Model: a built-in name with options (lenet, mlp, convnet, resnet; for text bert, gpt2; e.g.
+    resnet:depth=18,norm=frozen or bert:init=minilm), package.module:factory, path/file.py:factory, or hf:PATH for a
+    folder of Hugging Face's transformers. Built-in models take their input shape, tokens and classes from the data."""
     data: str = "cifar100"
     """Data set: cifar100, cifar10 (sample pictures), mnist (5000 digits), faces, photos; your own copy with
-    mnist:path=DIR, fashion-mnist:path=DIR, cifar10:path=DIR, cifar100:path=DIR, images:path=DIR,size=32x32."""
+    mnist:path=DIR, fashion-mnist:path=DIR, cifar10:path=DIR, cifar100:path=DIR, images:path=DIR,size=32x32. Text: prose
+    (sentences of Python's reference), or your own with text:path=FILE,length=32,tokenizer=minilm."""
     batch_size: int = 1
     """Examples per rank and step."""
     steps: int = 3
@@ -34,7 +35,7 @@ class TrainConfig:
     """Update rule: an optimizer with torch's options, with clipping before and schedules behind it where there are any,
     e.g. sgd:lr=0.1,momentum=0.9 or clip:norm=1+adamw:lr=0.001+cosine:T_max=100."""
     loss: str = "cross_entropy"
-    """Loss, mean over the batch."""
+    """Loss: cross_entropy (one class an example), masked_lm or causal_lm (tokens); the mean over the batch's labels."""
     defense: str = ""
     """What each rank does to its gradient before it leaves: links with + between them, from left to right, e.g.
     clip:1.0+noise-gaussian:1e-3, prune:0.9, topk-dgc:0.99, int8, int8:rounding=stochastic, sign (docs/defenses.md)."""

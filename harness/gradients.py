@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from harness.errors import ConfigError
+from harness.models import Loss
 from harness.types import Batch, ExampleGradients, Gradients
 
 
-def mean_gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Gradients:
+def mean_gradient(model: nn.Module, loss: Loss, batch: Batch) -> Gradients:
     """The gradient of `loss`, mean over the batch, with respect to all parameters of `model`.
 
     Parameters that the loss does not reach get zeros, as a stock optimizer would leave them.
@@ -27,12 +26,12 @@ def mean_gradient(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], ba
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
     )
-    correct = (outputs.detach().argmax(1) == batch.labels).float().mean().item()
-    return Gradients(loss=value.item(), correct=correct, flat=flat)
+    return Gradients(loss=value.item(), correct=loss.correct(outputs, batch.labels), flat=flat)
 
 
-def example_gradients(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> ExampleGradients:
-    """The gradient of `loss` of each example by itself; their mean is `mean_gradient`'s to rounding.
+def example_gradients(model: nn.Module, loss: Loss, batch: Batch) -> ExampleGradients:
+    """The gradient of `loss` of each example by itself; their mean is `mean_gradient`'s to rounding, but for losses of
+    tokens, where examples with few labels count as much here as those with many.
 
     Raises: ConfigError for a model whose examples depend on each other, or that torch cannot map over examples.
     """
@@ -59,6 +58,6 @@ def example_gradients(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]
     size = len(batch.labels)
     return ExampleGradients(
         loss=losses.mean().item(),
-        correct=(outputs.argmax(1) == batch.labels).float().mean().item(),
+        correct=loss.correct(outputs, batch.labels),
         examples=torch.cat([gradients[name].reshape(size, -1) for name in parameters], dim=1),
     )

@@ -26,13 +26,12 @@ from harness.seeding import derive
 from harness.types import Batch, Gradients
 
 
-def resolve_model(spec: str, data: Dataset) -> str:
-    """The model's full name: a built-in model without `input` or `classes` takes them from the data set."""
+def resolve_model(spec: str, data: Dataset, loss: str) -> str:
+    """The model's full name: a built-in model takes from the data set what its own options leave out."""
     name = spec.partition(":")[0]
     if name not in MODELS:
         return spec
-    options = parse_spec(spec)[1]
-    options = {"input": data.input_shape, "classes": data.classes} | options
+    options = data.model_options(loss) | parse_spec(spec)[1]
     values = {key: "x".join(map(str, value)) if isinstance(value, tuple) else value for key, value in options.items()}
     return f"{name}:" + ",".join(f"{key}={value}" for key, value in values.items())
 
@@ -45,10 +44,11 @@ class Trainer:
         self.rank, self.world_size = rank, world_size
         self.device = _device(config.device, rank)
         self.data = load_data(config.data)
-        self.config = config = dataclasses.replace(config, model=resolve_model(config.model, self.data))
         if config.loss not in LOSSES:
             raise ConfigError(f"loss {config.loss!r} is not known; there are: {', '.join(LOSSES)}")
-        self.loss: Callable[[Tensor, Tensor], Tensor] = LOSSES[config.loss]
+        self.loss = LOSSES[config.loss]
+        model = resolve_model(config.model, self.data, config.loss)
+        self.config = config = dataclasses.replace(config, model=model)
         torch.manual_seed(derive(config.seed, "weights"))
         self.model: nn.Module = load_model(config.model).to(self.device).train()
         self._check_fit()
@@ -178,26 +178,28 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             batch_size=self.config.batch_size,
+            loss=self.config.loss,
         )
         return Batch(inputs=batch.inputs.to(self.device), labels=batch.labels.to(self.device))
 
     def _check_fit(self) -> None:
         """Finds a model that does not fit the data here, in one line, and not at step 0 in a traceback."""
+        classes = self.data.outputs(self.config.loss)
         batch = self._batch(0)
         self.model.eval()  # batch norm in training mode would take note of this batch
         try:
             with torch.no_grad():
-                outputs = self.model(batch.inputs)
-        except (RuntimeError, ValueError) as error:
+                logits, _ = self.loss.aligned(self.model(batch.inputs), batch.labels)
+        except (RuntimeError, ValueError, IndexError) as error:
             raise ConfigError(
-                f"model {self.config.model!r} does not take the pictures of {self.data.name}, "
-                f"{'x'.join(map(str, self.data.input_shape))}: {str(error).splitlines()[0]}"
+                f"model {self.config.model!r} does not take the {self.data.kind} of {self.data.name}, "
+                f"{self.data.size}: {str(error).splitlines()[0]}"
             ) from error
         self.model.train()
-        if outputs.ndim != 2 or outputs.shape[1] < self.data.classes:
+        if logits.shape[1] < classes:
             raise ConfigError(
-                f"model {self.config.model!r} puts out {tuple(outputs.shape)}; {self.data.name} needs "
-                f"({len(batch.labels)}, {self.data.classes}) or more classes"
+                f"model {self.config.model!r} puts out {logits.shape[1]} classes; {self.data.name} needs {classes} or "
+                "more"
             )
 
 

@@ -12,9 +12,10 @@ class Batch:
     """One rank's examples at one step."""
 
     inputs: Tensor
-    """float32, shape (batch, *input_shape), in model input units."""
+    """float32, shape (batch, *input_shape), in model input units; or tokens, int64, shape (batch, length), padded."""
     labels: Tensor
-    """int64, shape (batch,)."""
+    """int64, shape (batch,); or, where the loss asks for tokens, shape (batch, length), in their places, and
+    `harness.models.IGNORED` elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class ExampleGradients:
     loss: float
     """Mean loss over the rank's batch."""
     correct: float
-    """Share of the rank's batch whose largest output is its label, 0 to 1."""
+    """Share of the labels of the rank's batch that the largest output names, 0 to 1."""
     examples: Tensor
     """float32, shape (batch, parameters), in `model.parameters()` order."""
 
@@ -40,6 +41,6 @@ class Gradients:
     loss: float
     """Mean loss over the rank's batch."""
     correct: float
-    """Share of the rank's batch whose largest output is its label, 0 to 1."""
+    """Share of the labels of the rank's batch that the largest output names, 0 to 1."""
     flat: Tensor
     """float32, shape (parameters,), in `model.parameters()` order."""

@@ -27,4 +27,7 @@ METHODS: dict[str, Method] = {
     "gradinversion": gradinversion,
 }
 
-__all__ = ["METHODS", "Answer", "Method", "Reconstruction", "Status"]
+TEXT_METHODS: frozenset[str] = frozenset()
+"""Those that serve models of tokens; the others are for pictures."""
+
+__all__ = ["METHODS", "TEXT_METHODS", "Answer", "Method", "Reconstruction", "Status"]

@@ -20,7 +20,7 @@ from attack.defense import PublicDefense
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.errors import AttackError
 from attack.observation import BATCH_NORM_MODES, Knowledge, Observation
-from harness.models import LOSSES, load_model
+from harness.models import LOSSES, Tokens, load_model
 
 FLOAT32_ERROR = 2.5e-7
 """Error of a gradient element computed in float32, in units of its tensor's root mean square: four times the unit
@@ -62,6 +62,8 @@ class Target:
     """Whether `batch_size` is a guess, because it was not told."""
     labels: Tensor | None
     """int64, shape (batch,), where told."""
+    tokens: Tokens | None = None
+    """Where inputs are tokens: int64, shape (batch, length), padded, with at most `input_shape` of them."""
     batch_norm: str | None = None
     """How its batch norms normalize, and how that is known; None where there are none."""
     step: int = 0
@@ -131,7 +133,10 @@ class Target:
         """
         model, loss = _single_precision(self.model), self.loss
         labels = labels if labels.dtype == torch.int64 else labels.float()
-        parts = torch.autograd.grad(loss(model(inputs.detach().float()), labels), list(model.parameters()))
+        inputs = inputs.detach() if self.tokens else inputs.detach().float()
+        parts = torch.autograd.grad(
+            loss(model(inputs), labels), list(model.parameters()), allow_unused=True, materialize_grads=True
+        )
         gradient = torch.cat([part.flatten() for part in parts]).double()
         if generator is not None:
             uniform = 2 * torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype) - 1
@@ -147,12 +152,15 @@ class Target:
         """Gradient of a batch less the observed one, over the known elements; flat.
 
         Args:
-            inputs: float64, shape (batch, *input_shape).
-            labels: int64, shape (batch,), or probabilities, shape (batch, classes).
+            inputs: float64, shape (batch, *input_shape), or tokens.
+            labels: int64, shape (batch,), for a loss of tokens (batch, length), or probabilities, (batch, classes).
             differentiable: whether a derivative of the result will be asked for.
         """
         loss = self.loss(self.model(inputs), labels)
-        gradients = torch.autograd.grad(loss, list(self.model.parameters()), create_graph=differentiable)
+        parameters = list(self.model.parameters())
+        gradients = torch.autograd.grad(
+            loss, parameters, create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
         return (torch.cat([gradient.flatten() for gradient in gradients]) - self.gradient) * self.known
 
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
@@ -203,6 +211,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         shapes=tuple(parameter.shape for parameter in model.parameters()),
         input_shape=knowledge.input_shape,
         input_range=knowledge.input_range,
+        tokens=knowledge.tokens,
         classes=classes,
         batch_size=batch_size,
         batch_size_assumed=knowledge.batch_size is None and knowledge.labels is None,
@@ -296,7 +305,7 @@ def _fit(model: nn.Module, knowledge: Knowledge) -> tuple[int, int]:
     try:
         with torch.no_grad():
             try:
-                logits = model(torch.zeros(size, *knowledge.input_shape, dtype=torch.float64))
+                logits = model(_blank(knowledge, size))
             except ValueError as error:
                 if size > 1 or "more than 1 value per channel" not in str(error):
                     raise
@@ -307,14 +316,21 @@ def _fit(model: nn.Module, knowledge: Knowledge) -> tuple[int, int]:
                         "raise in the job): the batch is larger, or --batch-norm is eval"
                     ) from error
                 size = 2
-                logits = model(torch.zeros(size, *knowledge.input_shape, dtype=torch.float64))
+                logits = model(_blank(knowledge, size))
     except (RuntimeError, ValueError) as error:
         raise AttackError(
             f"model {knowledge.model!r} does not take inputs of shape {knowledge.input_shape}: {error}"
         ) from error
-    if logits.ndim != 2:
+    if logits.ndim != 2 and not (knowledge.tokens and logits.ndim == 3):
         raise AttackError(f"model {knowledge.model!r}: wanted logits (batch, classes), got shape {tuple(logits.shape)}")
-    return size, logits.shape[1]
+    return size, logits.shape[-1]
+
+
+def _blank(knowledge: Knowledge, size: int) -> Tensor:
+    """A batch that any model for such inputs takes."""
+    if knowledge.tokens is None:
+        return torch.zeros(size, *knowledge.input_shape, dtype=torch.float64)
+    return torch.full((size, min(2, *knowledge.input_shape)), (knowledge.tokens.pad + 1) % knowledge.tokens.vocab)
 
 
 def _batch_size(knowledge: Knowledge) -> int:

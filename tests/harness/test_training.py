@@ -109,10 +109,10 @@ def test_settings_that_cannot_be_are_one_line(tmp_path: Path) -> None:
 
 def test_a_model_without_a_shape_takes_that_of_the_data() -> None:
     data = Trainer(dataclasses.replace(SMALL, data="fashion-mnist"), rank=0, world_size=1).data
-    assert resolve_model("lenet", data) == "lenet:input=1x28x28,classes=10"
-    assert resolve_model("mlp:hidden=20", data) == "mlp:input=1x28x28,classes=10,hidden=20"
-    assert resolve_model("lenet:input=3x32x32", data) == "lenet:input=3x32x32,classes=10"
-    assert resolve_model("some.package:factory", data) == "some.package:factory"
+    assert resolve_model("lenet", data, "cross_entropy") == "lenet:input=1x28x28,classes=10"
+    assert resolve_model("mlp:hidden=20", data, "cross_entropy") == "mlp:input=1x28x28,classes=10,hidden=20"
+    assert resolve_model("lenet:input=3x32x32", data, "cross_entropy") == "lenet:input=3x32x32,classes=10"
+    assert resolve_model("some.package:factory", data, "cross_entropy") == "some.package:factory"
 
 
 def test_the_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:

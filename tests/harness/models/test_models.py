@@ -12,7 +12,7 @@ from harness.models import MODELS, ModelError, load_model, load_optimizer
 from harness.models.spec import parse_spec
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("bert", "gpt2")])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
 def test_built_in_models_take_the_pictures_that_they_are_built_for(name: str, shape: tuple[int, ...]) -> None:
     model = load_model(f"{name}:input={'x'.join(map(str, shape))},classes=7")

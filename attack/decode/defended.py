@@ -33,6 +33,9 @@ class PublicSide:
         """The gradient with the bounds that its defense implies. Ask for every step, in order."""
         if gradient.defense is None or gradient.sent is None:
             return gradient
+        if gradient.bound is None:  # no code was seen whole
+            self._sent.pop(rank, None)
+            return gradient
         defense = PublicDefense.read(gradient.defense)
         whole = bool((gradient.known != Known.UNKNOWN).all())
         if defense.keeps:

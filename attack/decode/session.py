@@ -8,27 +8,23 @@ conversation of `harness.wire`; nothing of captures, protocols below, optimizers
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from attack.capture.streams import Flow
 from attack.decode.averages import Float32
+from attack.decode.chunk import defense_of, implausible, origin_of, piece_of, place_of
 from attack.decode.messages import Message
 from attack.decode.notes import Notes
 from attack.decode.proof import DecodedStep, StepChunks, prove
-from attack.decode.vector import Origin, Piece, Place, Vector
+from attack.decode.vector import Origin, Place, Vector
 from harness.wire import Header, Kind, Layout, WireError
-from harness.wire.codec import READERS, decode
-from harness.wire.coded import Decoded
 
 MAX_STEPS_IN_FLIGHT = 3
 """Ranks are at most one step apart. A tap's two directions may be read with more between them, so this many are kept
 whatever they weigh; beyond, `MAX_BYTES_IN_FLIGHT` decides."""
 MAX_BYTES_IN_FLIGHT = 256 << 20
-MAX_ELEMENTS = 1 << 30
-"""Elements of a vector that is put together: 4 GiB. A header that says more is not believed."""
-
 _ROLES = {
     Kind.HELLO: "rank",
     Kind.GRADIENT: "rank",
@@ -90,7 +86,7 @@ class Session:
                 self._progress.setdefault(direction, -1)
         why = self._unwanted(flow, header) or self._take(flow, message)
         if why is not None:
-            chunk = f" for {_place(header)}" if header.count else ""
+            chunk = f" for {place_of(header)}" if header.count else ""
             self._notes.add(f"flow {flow}: {header.kind} of rank {header.rank}, step {header.step}{chunk}: {why}")
 
     def open(self, flow: Flow) -> None:
@@ -187,7 +183,7 @@ class Session:
             self._progress[flow] = header.step
         match header.kind:
             case Kind.HELLO:
-                self._hellos.append(_origin(flow, message))
+                self._hellos.append(origin_of(flow, message))
                 return self._join(message)
             case Kind.WEIGHTS:
                 return self._add_weights(flow, message)
@@ -222,24 +218,24 @@ class Session:
         header = message.header
         if self.layout is not None:
             self._weights_total = self.layout.parameter_count + self.layout.buffer_count
-        if (why := _implausible(header, self._weights_total)) is not None:
+        if (why := implausible(header, self._weights_total)) is not None:
             return why
         self._weights_total = header.total
-        return self._weights.setdefault(header.step, Vector()).add(_piece(flow, message, tag=None))
+        return self._weights.setdefault(header.step, Vector()).add(piece_of(flow, message, tag=None))
 
     def _add_chunk(self, flow: Flow, message: Message) -> str | None:
         header = message.header
-        if (why := _implausible(header, self.total)) is not None:
+        if (why := implausible(header, self.total)) is not None:
             return why
         if header.step < self._next:
             return "too late: what is known of that step was given out"
         try:
-            piece = _piece(flow, message, tag=header.rank if header.kind is Kind.AVERAGE else _defense(header))
+            piece = piece_of(flow, message, tag=header.rank if header.kind is Kind.AVERAGE else defense_of(header))
         except WireError as error:
             return str(error)
         self.total = header.total
         step = self._steps.setdefault(header.step, StepChunks(header.step))
-        step.named.setdefault(_place(header), set()).add(flow)
+        step.named.setdefault(place_of(header), set()).add(flow)
         if header.kind is Kind.AVERAGE:
             return step.averages.add(piece)
         return step.gradients.setdefault(header.rank, Vector()).add(piece)
@@ -260,43 +256,3 @@ class Session:
         so a place, or a step, that only one message names is one that its header got wrong.
         """
         return len(flows) > 1 or any(flow.reverse in self._silenced or flow.reverse not in self._seen for flow in flows)
-
-
-def _place(header: Header) -> Place:
-    return Place(header.at, header.at + header.count)
-
-
-def _origin(flow: Flow, message: Message) -> Origin:
-    return Origin(flow, message.offset, message.payload_at, message.payload_at + message.header.size)
-
-
-def _piece(flow: Flow, message: Message, tag: Hashable) -> Piece:
-    """Raises: WireError where the payload is not what its header says."""
-    header, place = message.header, _place(message.header)
-    if header.codec != "dense" and message.holes:  # zeros in its place may read as anything
-        said = Decoded(np.zeros(header.count, np.float32))
-    else:
-        said = decode(header.codec, header.count, header.params, message.payload)
-    return Piece(place, said, message.holes, tag, _origin(flow, message), codec=header.codec)
-
-
-def _defense(header: Header) -> str | None:
-    """The chain of defenses, as the header says it, else its code and what there is to say of that, as
-    `codec:key=value,key=value`; None for a plain gradient."""
-    if isinstance(said := header.params.get("defense"), str):
-        return said
-    params = ",".join(f"{key}={value}" for key, value in header.params.items())
-    return f"{header.codec}:{params}" if params else None if header.codec == "dense" else header.codec
-
-
-def _implausible(header: Header, total: int | None) -> str | None:
-    """Why a chunk cannot be a part of the vector of `total` elements, if so."""
-    if header.codec not in (READERS if header.kind is Kind.GRADIENT else ("dense",)) or header.dtype != "float32":
-        return f"coded as {header.codec} {header.dtype}, which is not read"
-    if not header.count:
-        return "an empty chunk"
-    if total is not None and header.total != total:
-        return f"a part of {header.total} elements, the others of {total}"
-    if header.total > MAX_ELEMENTS:
-        return f"a part of {header.total} elements, at most {MAX_ELEMENTS} are put together"
-    return None

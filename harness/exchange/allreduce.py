@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.exchange.base import flat_state, load_flat_state
+from harness.exchange.base import flat_state, layout_of, load_flat_state
 from harness.exchange.chunks import shard_chunks
 from harness.exchange.process_group import BUCKET_BYTES, ProcessGroupExchange, all_reduced_bytes, short_floats
 from harness.wire.coded import Coded
@@ -22,7 +22,7 @@ class AllReduceExchange(ProcessGroupExchange):
     """Sums buckets of 25 MB, all under way at once, then divides by the number of ranks."""
 
     def start(self, model: nn.Module, *, step: int) -> None:
-        self._step = step
+        self._step, self._layout = step, layout_of(model, world_size=self.world_size)
         state = flat_state(model)
         with self._one_line("weights of rank 0"):
             dist.broadcast(state, src=0)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from harness.wire import Layout
 from harness.wire.coded import Coded
 from harness.wire.dense import Dense
 
@@ -96,6 +97,12 @@ def load_flat_state(model: nn.Module, state: Tensor) -> None:
         for tensor in state_tensors(model):
             tensor.copy_(state[at : at + tensor.numel()].view_as(tensor))
             at += tensor.numel()
+
+
+def layout_of(model: nn.Module, *, world_size: int) -> Layout:
+    """What ranks tell each other of a model, so that all train the same."""
+    parameters, shapes = len(list(model.parameters())), [tuple(tensor.shape) for tensor in state_tensors(model)]
+    return Layout(world=world_size, parameters=tuple(shapes[:parameters]), buffers=tuple(shapes[parameters:]))
 
 
 def state_tensors(model: nn.Module) -> list[Tensor]:

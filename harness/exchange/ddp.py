@@ -24,7 +24,7 @@ from torch.distributed import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.errors import ExchangeError
-from harness.exchange.base import as_tensor
+from harness.exchange.base import as_tensor, layout_of
 from harness.exchange.chunks import LARGE_CHUNK, Chunk
 from harness.exchange.process_group import ProcessGroupExchange, all_reduced_bytes, short_floats
 from harness.wire.coded import Coded
@@ -43,7 +43,7 @@ class DDPExchange(ProcessGroupExchange):
 
     def start(self, model: nn.Module, *, step: int) -> None:
         """See `Exchange.start`. Also raises ExchangeError where a parameter is frozen: stock DDP would not send it."""
-        self._step = step
+        self._step, self._layout = step, layout_of(model, world_size=self.world_size)
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 raise ExchangeError(f"rank {self.rank}: stock DDP does not average {name}, which is frozen")

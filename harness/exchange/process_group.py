@@ -25,6 +25,7 @@ from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic
 from harness.exchange.gathering import Gathering
 from harness.exchange.rendezvous import Meeting
+from harness.wire import Layout
 from harness.wire.coded import Coded
 
 SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +41,8 @@ class ProcessGroupExchange(Exchange):
         """Waits for all ranks to join. `deadline_s` is the group's timeout, of each operation."""
         self.rank, self.world_size, self.traffic = meeting.rank, meeting.world_size, Traffic()
         self._deadline_s, self._step = deadline_s, 0
+        self._layout = Layout(world=meeting.world_size, parameters=(), buffers=())
+        """Of the model that was started with."""
         if dist.is_initialized():
             raise ExchangeError(f"rank {self.rank}: torch.distributed is in use; close the other exchange first")
         with self._one_line("every rank in the process group"):
@@ -61,8 +64,7 @@ class ProcessGroupExchange(Exchange):
     def gathering(self) -> Gathering:
         """How coded gradients are averaged here."""
         assert self._meeting is not None, "not after close"
-        run = self._meeting.agree_on_run()
-        return Gathering(run=run, rank=self.rank, world_size=self.world_size, traffic=self.traffic)
+        return Gathering(run=self._meeting.agree_on_run(), rank=self.rank, layout=self._layout, traffic=self.traffic)
 
     @contextmanager
     def _one_line(self, wanted: str) -> Iterator[None]:

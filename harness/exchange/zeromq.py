@@ -22,13 +22,13 @@ import zmq
 from torch import Tensor, nn
 
 from harness.errors import DeadlineError, ExchangeError, PeerError
-from harness.exchange.base import Exchange, Traffic, as_coded, flat_state, load_flat_state, state_tensors
+from harness.exchange.base import Exchange, Traffic, as_coded, flat_state, layout_of, load_flat_state
 from harness.exchange.chunks import WINDOW, Chunk, Landing
 from harness.exchange.message import Message
 from harness.exchange.rendezvous import Meeting
 from harness.exchange.transport import Watch, keep_freed_memory, open_socket, receive, send, unpack
 from harness.exchange.zeromq_server import LAST_WORDS_S, ShardServer, identity
-from harness.wire import Header, Kind, Layout, WireError
+from harness.wire import Header, Kind, WireError
 from harness.wire.coded import Coded
 from harness.wire.dense import Dense
 
@@ -108,10 +108,7 @@ class ZeroMQExchange(Exchange):
             raise
 
     def start(self, model: nn.Module, *, step: int) -> None:
-        parameters, shapes = len(list(model.parameters())), [tuple(tensor.shape) for tensor in state_tensors(model)]
-        layout = Layout(
-            world=self.world_size, parameters=tuple(shapes[:parameters]), buffers=tuple(shapes[parameters:])
-        )
+        layout = layout_of(model, world_size=self.world_size)
         total, hello = layout.parameter_count + layout.buffer_count, layout.pack()
         self._step, self._kind = step, Kind.WEIGHTS
         self._landing = Landing(np.empty(total, np.float32), servers=len(self._endpoints))

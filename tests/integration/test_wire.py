@@ -83,6 +83,29 @@ def test_of_a_defended_job_no_more_is_known_than_its_code_says(tmp_path: Path) -
     assert all(0 <= line["bytes_out"] - mask - values <= 2 for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("workers", "options"),
+    [
+        (3, {"exchange": "ddp", "defense": "prune:0.7", "model": "resnet:depth=10,width=4", "data": "fashion-mnist"}),
+        (2, {"exchange": "allreduce", "defense": "bf16", "model": "mlp:hidden=40"}),
+    ],
+)
+def test_codes_that_ranks_gather_or_sum_are_read_as_those_that_a_server_gets(
+    tmp_path: Path, workers: int, options: dict[str, Any]
+) -> None:
+    record(tmp_path, workers=workers, servers=1, steps=3, **options)
+    seen = observed(tmp_path, optimizer="sgd:lr=0.1")
+    assert [(one.step, one.rank) for one in seen] == [(s, r) for s in range(3) for r in range(workers)]
+    for one in seen:
+        sent = truth(tmp_path, one)
+        raw = one.known == Known.RAW
+        assert one.complete and one.known_fraction == 1 and one.defense and one.bound is not None
+        assert torch.equal(one.gradient[raw], sent["gradient"][raw])
+        assert bool(((one.gradient - sent["gradient"]).abs() <= one.bound).all())
+        assert one.weights is not None and torch.equal(one.weights, sent["weights"])
+        assert (one.defense == "prune:0.7") == (0.29 < one.exact_fraction < 0.31)
+
+
 def test_where_ranks_serve_the_rest_is_known_within_its_bound(tmp_path: Path) -> None:
     record(tmp_path, workers=3, servers=0)
     seen = observed(tmp_path, optimizer="sgd:lr=0.1")

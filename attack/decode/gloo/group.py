@@ -12,8 +12,9 @@ import torch
 
 from attack.decode.directory import DEFAULT, Directory
 from attack.decode.gloo.formats import BFLOAT16, FLOAT16, FLOAT64
-from attack.decode.gloo.job import Job, Step
+from attack.decode.gloo.job import Job
 from attack.decode.gloo.network import ALL_TAGS, Network
+from attack.decode.gloo.step import Step
 from attack.decode.notes import Notes
 from attack.observation import Known, Observation
 from attack.shadow import Shadow
@@ -95,8 +96,9 @@ class Group:
         weights = self._shadow.weights(step.step) if self._shadow is not None else None
         if weights is not None:
             weights = weights.to(torch.from_numpy(step.seen.total).dtype)
+        wire = f"{self.job.format.name} on the wire" if self.job.format in (FLOAT16, BFLOAT16) else None
         average = torch.from_numpy(step.seen.total) if step.seen.total_known.all() else None
-        if plan.flat and average is not None:
+        if plan.flat and average is not None and step.defenses is None and wire is None:
             average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
         if (ranks := self.ranks()) is None:
             self._notes.add("it is not certain which ranks of the job these are: their gradients are left out")
@@ -109,13 +111,13 @@ class Group:
                 group=self.label,
                 gradient=torch.from_numpy(vector.values),
                 known=torch.from_numpy(vector.known),
-                bound=torch.from_numpy(vector.bound) if (vector.known == Known.DIFFERENCED).any() else None,
+                bound=torch.from_numpy(vector.bound) if (vector.known >= Known.DIFFERENCED).any() else None,
                 average=average,
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
                 factors=step.factors[at] if step.factors is not None else (),
-                defense=f"{self.job.format.name} on the wire" if self.job.format in (FLOAT16, BFLOAT16) else None,
+                defense=wire if step.defenses is None else step.defenses[at],
             )
         if self._shadow is not None:
             self._shadow.advance(step.step, None if average is None else average.to(self._dtype))

@@ -2,7 +2,8 @@
 
 DistributedDataParallel sums one bucket after the other, divided by the number of ranks beforehand: first all parameters
 in their order (or, where unused ones are looked for, from the last to the first); then in the layout that rank 0
-broadcasts. The project's own all-reduce sums a flat gradient in buckets of 25 MiB, undivided.
+broadcasts. The project's own all-reduce sums a flat gradient in buckets of 25 MiB, undivided; floats of two bytes it
+divides first, as DDP's hooks do.
 
 What comes between steps and is no bucket (a loss, a barrier) is passed over. What does not fit within a step ends the
 reading: nothing behind it is believed. A collective of which nothing at all was seen is taken for the bucket that would
@@ -11,13 +12,14 @@ be next only once the layout is settled and the job was never seen to do anythin
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
+from attack.decode.gloo.coded import CodedJob, plan_coded
 from attack.decode.gloo.formats import FLOAT16, FLOAT32, Float, Format, numbers
+from attack.decode.gloo.gathered import words_of
 from attack.decode.gloo.head import HEAD_BYTES, Kind
 from attack.decode.gloo.inversion import Rule, Sending
 from attack.decode.gloo.layout import Bucket, Finder, is_layout
@@ -27,29 +29,14 @@ from attack.decode.gloo.parameters import Layout, begins_layout, gathered, joine
 from attack.decode.gloo.placement import Step as Beside
 from attack.decode.gloo.ring import Ring
 from attack.decode.gloo.setup import Collective, Plan, recognize
+from attack.decode.gloo.step import Step
 from attack.decode.notes import Notes
-from attack.observation import Factor
 
 MAX_SKIPPED = 16
 """All-reduces before the first step that are none of its buckets."""
 MIN_PATIENCE_BYTES = 64 << 20
 SMALL_BYTES = 256
 """What scripts sum between steps is no larger: losses, metrics. Of DDP's own map the size is known."""
-
-
-@dataclasses.dataclass(kw_only=True, slots=True)
-class Step:
-    """What is known of one step."""
-
-    step: int
-    seen: Gradients
-    buffers: Float | None
-    """Floating-point buffers that the step began with; None where there are none, or not seen whole."""
-    first_tag: int
-    small: bool
-    """Its first bucket is as small as what a script sums: only those behind it show that it was one."""
-    factors: list[tuple[Factor, ...]] | None = None
-    """By rank, what was sent in place of gradients."""
 
 
 class Job:
@@ -77,6 +64,8 @@ class Job:
         self._open: Step | None = None
         self._done = 0  # buckets of the open step
         self._compressed = False  # a step's gradients came as factors
+        self._coded: CodedJob | None = None  # reads on, where codes are gathered
+        self._without_code = -1  # the last all-gather that was found to hold none
         self._over = False
         self._world: int | None = None
 
@@ -88,20 +77,26 @@ class Job:
         if self._world not in (None, self._network.world) and self._tag and not self._over:
             self._refuse(f"wanted {self._world} ranks as before, got {self._network.world}")
         self._world = self._network.world
-        moved = True
+        moved = self._coded is None
         while moved and not self._over:
             before = self._tag, self.plan
             self._advance(end=end)
-            moved = before != (self._tag, self.plan)
+            moved = before != (self._tag, self.plan) and self._coded is None
             if self._open is not None and self._done and self._done == len(self._layout):
                 yield self._finish_step()
         if end and self._open is not None:
             yield self._finish_step()
+        if self._coded is not None and not self._over:
+            yield from self._coded.steps(end=end)
 
     def _advance(self, *, end: bool) -> None:
         """Reads the next collective, if enough was seen of it."""
         network, tag = self._network, self._tag
         kinds, closed = network.kinds(tag), self._closed(tag) or end
+        if self.plan is None and (end or network.passed_on(tag)):  # nothing else is under way before the first step
+            if kinds == {Kind.ALLGATHER} and self._begin_coded():
+                return
+            closed = closed or not network.reduces  # of a job that sums nothing, all-gathers go the other way round
         # Of two collectives that are under way, the later one may be seen first.
         if not kinds and not ((self._closed(self._horizon) or end) and network.newest > tag):
             return
@@ -135,6 +130,20 @@ class Job:
             self._take_broadcast(read)
             self._pass()
 
+    def _begin_coded(self) -> bool:
+        """Whether the next collective holds messages of the project: then all that follows is theirs."""
+        network, world = self._network, self._network.world
+        assert world is not None
+        if self._without_code == self._tag:
+            return False
+        self._without_code = self._tag
+        words = words_of(network.next_ranks(), self._tag, world=world)
+        totals = [word.message.header.total for word in words if word.message.header.count]
+        if totals:
+            self.plan = plan_coded(self._setup, max(totals, key=totals.count), self._notes)
+            self._coded = CodedJob(network, self.plan, self._notes, tag=self._tag)
+        return bool(totals)
+
     def _closed(self, tag: int) -> bool:
         """Whether all ranks have come past a collective; of a link of which nothing was seen, nobody waits forever."""
         whole = len(self._network.ring()) == self._network.world
@@ -163,7 +172,8 @@ class Job:
         content = (gathered(copies) if kind is Kind.ALLGATHER else None) or joined(copies)
         if content is None and kind in (Kind.BROADCAST, Kind.ALLGATHER):
             # A hole may be waited for that nobody will fill: a link that is idle does not say so before its end.
-            if not end and self._network.held_bytes <= self._patience:
+            holes = kind is Kind.BROADCAST or any(message.holes for copy in copies for message in copy)
+            if holes and not end and self._network.held_bytes <= self._patience:
                 return None
         return Collective(kind, content, sizes.pop() if len(sizes) == 1 else None)
 
@@ -227,7 +237,8 @@ class Job:
         if self._open is None and not self.plan.flat and not self._is_first_bucket(ring, end=end):
             return
         step = self._open if self._open is not None else self._begin_step()
-        sending = Sending.PLAIN if self.plan.flat else self._sending(bucket.format)
+        plain = self.plan.flat and bucket.format is FLOAT32
+        sending = Sending.PLAIN if plain else self._sending(bucket.format)
         take_apart(
             ring,
             links,

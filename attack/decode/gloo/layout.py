@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from attack.decode.gloo.allreduce import agrees, partial_sums, solve_total
-from attack.decode.gloo.formats import FLOAT32, WIDTHS, Format, tell_format
+from attack.decode.gloo.formats import FLOAT16, FLOAT32, WIDTHS, Format, tell_format
 from attack.decode.gloo.head import Kind
 from attack.decode.gloo.network import Network
 from attack.decode.gloo.parameters import joined, parse_layout
@@ -93,27 +93,36 @@ class Finder:
         return []
 
     def flat(self, tag: int) -> list[Bucket]:
-        """The project's own: buckets of 25 MiB and a smaller one.
+        """The project's own: buckets of 25 MiB and a smaller one, of float32 or of a float of two bytes.
 
-        The next step must begin as this one did; where there is none, all of the state must be parameters.
+        The next step must begin as this one did; where there is none, all of the state must be parameters. The partial
+        sums must not contradict the format; one of two bytes they must show.
         """
+        ways = [way for width in (FLOAT32.bytes, FLOAT16.bytes) if (way := self._flat(tag, width))]
+        return ways[0] if len(ways) == 1 else []
+
+    def _flat(self, tag: int, width: int) -> list[Bucket]:
         network, state, start = self._network, self._plan.weights, 0
-        layout: list[Bucket] = []
+        first = tag
+        parts: list[slice] = []
         totals: list[int] = []
         while not totals or totals[-1] == FLAT_BUCKET_BYTES:
-            total = self._total(tag, FLOAT32.bytes)
+            total = self._total(tag, width)
             if totals and state is not None and start == state.size:
                 break
             if total is None or total > FLAT_BUCKET_BYTES or not self._closed(tag):
                 return []
             totals.append(total)
-            layout.append(Bucket((slice(start, start + total // 4),), FLOAT32))
-            start, tag = start + total // 4, tag + 1
-        following = self._total(tag, FLOAT32.bytes)
+            parts.append(slice(start, start + total // width))
+            start, tag = start + total // width, tag + 1
+        following = self._total(tag, width)
         if state is None or start > state.size:
             return []
         only_step = following is None and network.newest < tag and start == state.size
-        return layout if following == totals[0] or only_step else []
+        if following != totals[0] and not only_step:
+            return []
+        fmt = self._format(Ring(totals[0], self._world, width), first)
+        return [] if fmt is None else [Bucket((part,), fmt) for part in parts]
 
     def _single(self, tag: int) -> Ring | None:
         """The ring of one sum over all parameters; where nothing was seen of it, as wide as the state certainly is."""

@@ -214,6 +214,21 @@ class Network:
         self._place()
         return self._ring
 
+    def next_ranks(self) -> dict[int, Link]:
+        """By sender, the links over which an all-gather goes: to the next higher rank, or from the last one to 0."""
+        world = self.world or 0
+        return {ranks[0]: link for ranks, link in self.members().items() if ranks[1] == (ranks[0] + 1) % world}
+
+    def passed_on(self, tag: int) -> bool:
+        """Whether each rank was seen to have come past a tag on its way of an all-gather, or to its end there."""
+        links = self.next_ranks()
+        return len(links) == self._world and all(link.newest > tag or link.ended for link in links.values())
+
+    @property
+    def reduces(self) -> bool:
+        """Whether any all-reduce was seen."""
+        return any(Kind.ALLREDUCE in link.carries for link in self.links.values())
+
     def members(self) -> dict[tuple[int, int], Link]:
         """All links whose two ranks are known."""
         self._place()

@@ -22,6 +22,11 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
     """Elements to the next index, of each dimension."""
 
+    @classmethod
+    def contiguously(cls, shape: tuple[int, ...]) -> Layout:
+        """A tensor whose elements lie in the order of their indices."""
+        return cls(shape, tuple(math.prod(max(size, 1) for size in shape[axis + 1 :]) for axis in range(len(shape))))
+
     @property
     def contiguous(self) -> bool:
         """Whether its elements lie in the order of their indices. A size of 0 counts as 1 (c10/core/TensorImpl.h)."""

@@ -31,24 +31,35 @@ class PaperJob:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.generator = generator = np.random.default_rng(self.seed)
+        self._greet()
+        self._train()
+
+    def _greet(self) -> None:
+        """The store, and the connections of all pairs."""
+        self.generator = np.random.default_rng(self.seed)
         self.writes: list[tuple[Flow, bytes]] = []
         self.truth: dict[str, np.ndarray] = {}
         self._tag = 0
         self.store = Flow(source="10.0.0.1:50000", destination="10.0.0.1:29500")
         self.writes.append((self.store, b"\0" + (0x3C85F7CE).to_bytes(4, "little")))
-        count, sizes = len(self.shapes), [math.prod(shape) for shape in self.shapes]
         for first in range(self.world):
             for second in range(first + 1, self.world):
                 self.writes.append((self._flow(second, first), second.to_bytes(8, "little")))
         for rank in range(self.world):
             self.writes.append((self.store, stored(rank, self.world)))
-        self._gather(count.to_bytes(8, "little"))
+
+    def _build(self) -> np.ndarray:
+        """What DDP says when it is built. Returns the weights."""
+        self._gather([len(self.shapes).to_bytes(8, "little")] * self.world)
         numbers = [n for shape in self.shapes for n in (*shape, *strides(shape))]
         self._broadcast(np.array(numbers, "<i8").tobytes())
-        weights = generator.standard_normal(sum(sizes)).astype(np.float32)
+        weights = self.generator.standard_normal(sum(map(math.prod, self.shapes))).astype(np.float32)
         self._broadcast(weights.tobytes())
-        ends = np.cumsum(sizes)
+        return weights
+
+    def _train(self) -> None:
+        count, sizes, generator = len(self.shapes), [math.prod(shape) for shape in self.shapes], self.generator
+        weights, ends = self._build(), np.cumsum(sizes)
         for step in range(self.steps):
             gradients = [
                 (generator.standard_normal(sum(sizes)) * 10.0 ** generator.integers(-12, 3, sum(sizes))).astype("<f4")
@@ -60,9 +71,7 @@ class PaperJob:
                 self.truth[f"step{step}.rank{rank}.gradient"] = gradient
                 self.truth[f"step{step}.rank{rank}.weights"] = weights
             if step == 1:
-                order = [index for bucket in self.buckets for index in bucket]
-                self._broadcast(np.array([*order, len(self.buckets)], "<i4").tobytes())
-                self._broadcast(np.array([len(bucket) for bucket in self.buckets], "<i4").tobytes())
+                self._broadcast_layout()
             layout = self.buckets if step else (tuple(range(count)),)
             divided = [gradient * np.float32(1 / self.world) for gradient in gradients]
             sums = self._reduce(
@@ -79,6 +88,11 @@ class PaperJob:
                 at += sizes[index]
             weights = descended(weights, average)
 
+    def _broadcast_layout(self) -> None:
+        order = [index for bucket in self.buckets for index in bucket]
+        self._broadcast(np.array([*order, len(self.buckets)], "<i4").tobytes())
+        self._broadcast(np.array([len(bucket) for bucket in self.buckets], "<i4").tobytes())
+
     def _flow(self, source: int, target: int) -> Flow:
         """Of two ranks the higher one connects."""
         pairs = ((source, target), (target, source))
@@ -91,11 +105,13 @@ class PaperJob:
         self.writes.append((flow.reverse, pack_head(Opcode.NOTIFY_RECV_READY, slot, len(payload))))
         self.writes.append((flow, pack_head(Opcode.SEND_UNBOUND_BUFFER, slot, len(payload)) + payload))
 
-    def _gather(self, number: bytes) -> None:
-        for _ in range(self.world - 1):
+    def _gather(self, blocks: list[bytes]) -> None:
+        """Each rank's block goes round, in two halves."""
+        for hop in range(self.world - 1):
             for rank in range(self.world):
-                self._send(rank, (rank + 1) % self.world, Kind.ALLGATHER, self._tag, number[:4])
-                self._send(rank, (rank + 1) % self.world, Kind.ALLGATHER, self._tag, number[4:])
+                block = blocks[(rank - hop) % self.world]
+                for half in (block[: len(block) // 2], block[len(block) // 2 :]):
+                    self._send(rank, (rank + 1) % self.world, Kind.ALLGATHER, self._tag, half)
         self._tag += 1
 
     def _broadcast(self, payload: bytes) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-
-_STATE_AT, _WORDS = 24, 624
-"""Where, in the bytes of torch's CPU generator, the Mersenne Twister keeps its words, each in 8 bytes."""
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 
 def derive(seed: int, *purpose: int | str) -> int:
@@ -20,21 +21,21 @@ def generator(seed: int, *purpose: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *purpose))
 
 
-def wide_generator(seed: int, *purpose: int | str) -> torch.Generator:
-    """A fresh CPU generator for one purpose whose whole state is drawn from the seed, by SHAKE-256.
+class Draws:
+    """Random bits for one purpose, which nobody can tell without the seed, however many of them they have seen.
 
-    For draws that must not be guessed: torch's `manual_seed` takes the lowest 32 bits of a seed and no more, and all of
-    those can be tried. The Mersenne Twister itself is no cipher: who sees 624 of its words knows all others.
+    The keystream of AES-128 in counter mode, its key and first counter drawn from the seed by SHA-256. For what must
+    not be guessed: of a seed, torch's `manual_seed` takes the lowest 32 bits and no more, and the Mersenne Twister's
+    words tell all that follow. It is also several times quicker.
     """
-    made = torch.Generator().manual_seed(0)
-    state = made.get_state()
-    words = bytearray(8 * _WORDS)
-    key = hashlib.shake_256(_digest(seed, purpose)).digest(4 * _WORDS)
-    for byte in range(4):
-        words[byte::8] = key[byte::4]
-    state[_STATE_AT : _STATE_AT + len(words)] = torch.frombuffer(words, dtype=torch.uint8)
-    made.set_state(state)
-    return made
+
+    def __init__(self, seed: int, *purpose: int | str) -> None:
+        key = _digest(seed, purpose)
+        self._cipher = Cipher(algorithms.AES128(key[:16]), modes.CTR(key[16:])).encryptor()
+
+    def words(self, dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
+        """The next `count` whole numbers of this dtype, all values equally likely; read-only."""
+        return np.frombuffer(self._cipher.update(bytes(count * np.dtype(dtype).itemsize)), dtype)
 
 
 def _digest(seed: int, purpose: tuple[int | str, ...]) -> bytes:

@@ -8,6 +8,10 @@ Three kinds, and in a chain they come in this order, each optional:
 
 A step keeps nothing: what it remembers from one training step to the next comes in and goes out as `State`, and is part
 of a checkpoint; what it draws is fixed by `Moment`. It knows one rank, and nothing of peers, sockets or who listens.
+
+A state is handed over: a step may write its tensors, and give them back. A long vector that is read and written in
+place costs half of what it costs to write another; what a step makes of it, it makes block by block, so that what lies
+between stays in the cache (`harness.defenses.blocks`).
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import abc
 import dataclasses
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from harness.seeding import wide_generator
+from harness.seeding import Draws
 from harness.wire.coded import Coded
 
 State: TypeAlias = dict[str, Tensor]
@@ -40,9 +45,14 @@ class Moment:
     link: int = 0
     """Place in the chain: two steps of one chain never share a draw."""
 
-    def generator(self) -> torch.Generator:
-        """The same at every call; another for every rank, step and place in the chain."""
-        return wide_generator(self.seed, "defense", self.link, self.rank, self.step)
+    def draws(self) -> Draws:
+        """The same at every call; others for every rank, step and place in the chain."""
+        return Draws(self.seed, "defense", self.link, self.rank, self.step)
+
+
+def nothing_yet(sizes: Sizes) -> Tensor:
+    """Zeros for all elements. numpy's, which asks the kernel for large pages: they are walked a tenth quicker."""
+    return torch.from_numpy(np.zeros(sum(sizes), np.float32))
 
 
 class Link:
@@ -66,7 +76,7 @@ class Step(Link, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, gradient: Tensor, state: State, moment: Moment) -> tuple[Tensor, State]:
-        """float32, shape (parameters,) -> the same, and what to remember. Neither argument is changed."""
+        """float32, shape (parameters,), which is not changed -> the same, and what to remember."""
 
 
 class Coder(Link, abc.ABC):
@@ -74,4 +84,4 @@ class Coder(Link, abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        """float32, shape (parameters,), on the CPU -> what is sent, and what to remember. No argument is changed."""
+        """float32, shape (parameters,), on the CPU, not changed -> what is sent, and what to remember."""

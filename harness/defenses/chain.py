@@ -74,7 +74,7 @@ class Chain:
     def __call__(
         self, gradient: Tensor, sizes: Sizes, state: State, *, seed: int, rank: int, step: int
     ) -> tuple[Tensor | Coded, State]:
-        """What is sent in place of a gradient, and what to remember. No argument is changed.
+        """What is sent in place of a gradient, which is not changed, and what to remember. The state is handed over.
 
         Args:
             gradient: float32, shape (parameters,), on any device; where `of_examples`, what that made of the examples.

@@ -28,5 +28,6 @@ class Short(Coder):
     """`fp16` or `bf16`."""
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        bits = gradient.to(FORMATS[self.codec]).view(torch.int16).numpy().view(np.uint16)
+        bits = np.empty(gradient.numel(), np.uint16)
+        torch.from_numpy(bits.view(np.int16)).view(FORMATS[self.codec]).copy_(gradient)
         return Half(self.codec, bits), state

@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.defenses.levels import as_finite, borders, by_segment, round_levels
+from harness.defenses.blocks import LARGEST, borders, by_segment
+from harness.defenses.levels import round_levels
 from harness.wire.coded import Coded
 from harness.wire.levels import Levels
 
@@ -35,9 +36,7 @@ class Int8(Coder):
             raise ValueError(f"rounding: wanted nearest or stochastic, got {self.rounding}")
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        values, cut = as_finite(gradient, "int8"), borders(sizes)
-        # abs makes a copy of a long vector; two passes that do not are quicker.
-        largest = np.maximum(by_segment(np.maximum, values, cut), -by_segment(np.minimum, values, cut))
-        units = largest / np.float32(MOST)
-        generator = moment.generator() if self.rounding == "stochastic" else None
-        return Levels(round_levels(values, cut, units, MOST, generator), 8, self.rounding, cut, units), state
+        values, cut = gradient.numpy(), borders(sizes)
+        units = (by_segment(LARGEST, cut, values.__getitem__) / MOST).astype(np.float32)
+        draws = moment.draws() if self.rounding == "stochastic" else None
+        return Levels(round_levels(values, cut, units, MOST, draws), 8, self.rounding, cut, units), state

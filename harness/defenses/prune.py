@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.wire.coded import Coded, Float32
+from harness.defenses.largest import largest
+from harness.wire.coded import Coded
 from harness.wire.sparse import Sparse
 
 
@@ -32,20 +32,8 @@ class Prune(Coder):
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
         values = gradient.numpy()
-        places = largest(values, sizes, [size - round(size * self.share) for size in sizes])
-        return Sparse(values.size, places, values[places]), state
-
-
-def largest(values: Float32, sizes: Sizes, counts: list[int]) -> np.ndarray:
-    """Places of the `counts` elements of each tensor that are largest in magnitude; int64, ascending."""
-    found, at = [np.empty(0, np.int64)], 0
-    for size, count in zip(sizes, counts, strict=True):
-        if count:
-            magnitudes = np.abs(values[at : at + size])
-            order = np.argpartition(magnitudes, size - count) if count < size else np.arange(size)
-            found.append(np.sort(order[size - count :]) + at)
-        at += size
-    return np.concatenate(found)
+        counts = [size - round(size * self.share) for size in sizes]
+        return Sparse.of(values.size, [(places, values[places]) for places in largest(values, sizes, counts)]), state
 
 
 def check_share(share: float) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.defenses.levels import as_finite, borders, by_segment, round_levels
+from harness.defenses.blocks import SQUARES, borders, by_segment
+from harness.defenses.levels import round_levels
 from harness.wire.coded import Coded
 from harness.wire.levels import Levels
 
@@ -39,7 +40,8 @@ class Qsgd(Coder):
             raise ValueError(f"bucket: wanted a whole number of 1 or more, got {self.bucket}")
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        values, cut = as_finite(gradient, "qsgd"), borders(sizes, self.bucket)
-        units = (np.sqrt(by_segment(np.add, values * values, cut)) / self.most).astype(np.float32)
-        levels = round_levels(values, cut, units, self.most, moment.generator())
+        values, cut = gradient.numpy(), borders(sizes, self.bucket)
+        squares = by_segment(SQUARES, cut, values.__getitem__)
+        units = (np.sqrt(squares) / self.most).astype(np.float32)
+        levels = round_levels(values, cut, units, self.most, moment.draws())
         return Levels(levels, WIDTHS[self.most], "stochastic", cut, units), state

@@ -13,12 +13,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.defenses.levels import as_finite, borders, by_segment
-from harness.wire.coded import Coded
+from harness.defenses.base import Coder, Moment, Sizes, State, nothing_yet
+from harness.defenses.blocks import BLOCK, TOTAL, blocks, borders, by_segment, spread, with_sign
+from harness.wire.coded import Coded, Float32
 from harness.wire.levels import Levels
 
 
@@ -27,12 +26,22 @@ class Sign(Coder):
     """Signs with error feedback."""
 
     def begin(self, sizes: Sizes) -> State:
-        return {"residual": torch.zeros(sum(sizes))}
+        return {"residual": nothing_yet(sizes)}
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        values, cut = as_finite(gradient + state["residual"], "sign"), borders(sizes)
-        sums = by_segment(np.add, np.abs(values), cut)
-        units = (sums / np.diff(cut)).astype(np.float32)
-        levels = np.where(values >= 0, np.int8(1), np.int8(-1))
-        sent = Levels(levels, 1, "sign", cut, units)
-        return sent, {"residual": torch.from_numpy(values - sent.values())}
+        given, kept, cut = gradient.numpy(), state["residual"].numpy(), borders(sizes)
+
+        def add(elements: slice) -> Float32:
+            kept[elements] += given[elements]
+            return kept[elements]
+
+        units = (by_segment(TOTAL, cut, add) / np.diff(cut)).astype(np.float32)
+        levels, scratch = np.empty(kept.size, np.int8), np.empty(BLOCK, np.float32)
+        for block in blocks(cut):
+            values, unit = kept[block.elements], units[block.segments]
+            signs = levels[block.elements]
+            np.greater_equal(values.view(np.int32), 0, out=signs.view(np.bool_))
+            signs += signs
+            signs -= np.int8(1)
+            values -= with_sign(spread(unit, block), values, out=scratch[: values.size])
+        return Levels(levels, 1, "sign", cut, units), state

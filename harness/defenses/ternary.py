@@ -18,7 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.defenses.levels import as_finite, borders, by_segment, round_levels
+from harness.defenses.blocks import LARGEST, borders, by_segment
+from harness.defenses.levels import round_levels
 from harness.wire.coded import Coded
 from harness.wire.levels import Levels
 
@@ -35,11 +36,11 @@ class Ternary(Coder):
             raise ValueError(f"clip: wanted more than 0 standard deviations, e.g. 2.5, got {self.clip}")
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
-        values, cut = as_finite(gradient, "ternary"), borders(sizes)
-        units = by_segment(np.maximum, np.abs(values), cut)
+        values, cut = gradient.numpy(), borders(sizes)
+        units = by_segment(LARGEST, cut, values.__getitem__).astype(np.float32)
         if self.clip is not None:
             deviations = [values[begin:end].std() for begin, end in itertools.pairwise(cut)]
             units = np.minimum(units, np.float32(self.clip) * np.array(deviations, np.float32))
-        levels = round_levels(values, cut, units, 1, moment.generator())
+        levels = round_levels(values, cut, units, 1, moment.draws())
         rounding = "stochastic" if self.clip is None else "clipped"
         return Levels(levels, 2, rounding, cut, units), state

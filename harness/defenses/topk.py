@@ -14,9 +14,9 @@ well is exactly this step's gradient (but for clipping): nothing of it had been 
 left. So at the first step all that is sent is the gradient's.
 
 References: Lin et al. 2018, Deep Gradient Compression, arXiv 1712.01887, sections 3.1 to 3.3; Aji and Heafield 2017,
-Sparse communication, arXiv 1704.05021. Differs: the largest are found exactly, where the paper samples a threshold, so
-that a message's length tells nothing of the gradient; and the clipping threshold is as given, not divided by the square
-root of the number of ranks.
+Sparse communication, arXiv 1704.05021. Differs: the largest are sent exactly, where the paper sends what is above a
+sampled threshold, so that a message's length tells nothing of the gradient (`largest` samples, too, and then looks);
+and the clipping threshold is as given, not divided by the square root of the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from harness.defenses.base import Coder, Moment, Sizes, State
+from harness.defenses.base import Coder, Moment, Sizes, State, nothing_yet
 from harness.defenses.clip import check_norm, shrink
-from harness.defenses.prune import check_share, largest
-from harness.wire.coded import Coded
+from harness.defenses.largest import largest
+from harness.defenses.prune import check_share
+from harness.wire.coded import Coded, Float32
 from harness.wire.sparse import Sparse
 
 FIRST_SENT = 0.25
@@ -58,22 +60,35 @@ class TopK(Coder):
 
     def begin(self, sizes: Sizes) -> State:
         names = ("residual", "velocity") if self.momentum else ("residual",)
-        return {name: torch.zeros(sum(sizes)) for name in names}
+        return {name: nothing_yet(sizes) for name in names}
 
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
         if self.clip is not None:
             gradient = gradient * shrink(torch.linalg.vector_norm(gradient), self.clip)
-        after = {}
-        if self.momentum:
-            gradient = after["velocity"] = torch.add(gradient, state["velocity"], alpha=self.momentum)
-        after["residual"] = state["residual"] + gradient
-        values = after["residual"].numpy()
-        sent = 1 - self.share_at(moment.step)
-        places = largest(values, sizes, [min(size, math.ceil(size * sent - 1e-9)) for size in sizes])
-        coded = Sparse(values.size, places, values[places])
-        for remembered in after.values():
-            remembered.numpy()[places] = 0
-        return coded, after
+        given, kept = gradient.numpy(), state["residual"].numpy()
+        velocity = state["velocity"].numpy() if self.momentum else None
+        factor = np.float32(self.momentum)
+
+        def peek(where: slice) -> Float32:
+            return kept[where] + (given[where] if velocity is None else factor * velocity[where] + given[where])
+
+        def fill(block: slice) -> None:
+            if velocity is None:
+                kept[block] += given[block]
+                return
+            velocity[block] *= factor
+            velocity[block] += given[block]
+            kept[block] += velocity[block]
+
+        share = 1 - self.share_at(moment.step)
+        counts = [min(size, math.ceil(size * share - 1e-9)) for size in sizes]
+        sent = []
+        for places in largest(kept, sizes, counts, peek=peek, fill=fill):
+            # At once, while the tensor is in the cache.
+            sent.append((places, kept[places]))
+            for remembered in state.values():
+                remembered.numpy()[places] = 0
+        return Sparse.of(kept.size, sent), state
 
     def share_at(self, step: int) -> float:
         """Not sent at this step."""

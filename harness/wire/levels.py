@@ -58,9 +58,9 @@ class Levels:
         table["elements"] = np.diff(np.clip(self.borders[first : last + 1], at, at + count))
         table["unit"] = self.units[first:last]
         table = table[table["elements"] > 0]
-        payload = np.uint32(len(table)).astype("<u4").tobytes() + table.tobytes()
         packed = _pack(self.levels[at : at + count], self.bits)
-        return Part("levels", {"bits": self.bits, "rounding": self.rounding}, payload + packed)
+        payload = b"".join((np.uint32(len(table)).astype("<u4").tobytes(), table.tobytes(), packed.data))
+        return Part("levels", {"bits": self.bits, "rounding": self.rounding}, payload)
 
 
 def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
@@ -85,18 +85,20 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     return Decoded(values, error=np.float32(REACH[rounding]) * unit + slack)
 
 
-def _pack(levels: npt.NDArray[np.int8], bits: int) -> bytes:
+def _pack(levels: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
-        return levels.tobytes()
+        return levels.view(np.uint8)
     if bits == 1:
-        return np.packbits(levels > 0, bitorder="little").tobytes()
+        return np.packbits(levels > 0, bitorder="little")
     per_byte = 8 // bits
     codes = np.zeros(-(-levels.size // per_byte) * per_byte, np.uint8)
     np.bitwise_and(levels.view(np.uint8), np.uint8((1 << bits) - 1), out=codes[: levels.size])
-    packed = codes[::per_byte].copy()
+    # The codes of one byte as one number, a byte each: shifted into the lowest.
+    together = codes.view(f"<u{per_byte}")
+    packed = together.copy()
     for place in range(1, per_byte):
-        packed |= codes[place::per_byte] << np.uint8(bits * place)
-    return packed.tobytes()
+        packed |= together >> together.dtype.type((8 - bits) * place)
+    return packed.astype(np.uint8)
 
 
 def _unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.int8]:

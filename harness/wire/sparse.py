@@ -11,7 +11,7 @@ Whichever is shortest: a mask above one element in 16, or in 32 where the chunk 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ class Sparse:
     """Ascending."""
     numbers: Float32
     """At these places."""
+
+    @classmethod
+    def of(cls, size: int, sent: Iterable[tuple[npt.NDArray[np.int64], Float32]]) -> Sparse:
+        """From the places and numbers of one part of the vector after the other."""
+        places, numbers = zip((np.empty(0, np.int64), np.empty(0, np.float32)), *sent, strict=True)
+        return cls(size, np.concatenate(places), np.concatenate(numbers))
 
     @property
     def codec(self) -> str:

@@ -36,6 +36,8 @@ class Case:
     """CPU seconds of all processes, mean of the repetitions."""
     mb_per_cpu_s: float | None = None
     """Megabytes (10**6) of its file that it handles in a CPU second; None where there is no file."""
+    limit: float | None = None
+    """What the ratio should not be above; None where nothing was set."""
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Case:
         setting: dict[str, int],
         cpu_s: float,
         mb_per_cpu_s: float | None = None,
+        limit: float | None = None,
     ) -> Case:
         """Of the times of one case, and the baseline's in the same repetitions."""
         ratios = [mine / its for mine, its in zip(seconds, baseline[1], strict=True)]
@@ -62,6 +65,7 @@ class Case:
             ratio_quartiles=_quartiles(ratios),
             cpu_s=cpu_s,
             mb_per_cpu_s=mb_per_cpu_s,
+            limit=limit,
         )
 
 
@@ -80,6 +84,8 @@ def as_text(cases: Sequence[Case], *, title: str) -> str:
         table.add_column(name, justify="right")
     if any(case.mb_per_cpu_s is not None for case in cases):
         table.add_column("MB / CPU s", justify="right")
+    if any(case.limit is not None for case in cases):
+        table.add_column("limit", justify="right")
     for case in cases:
         (low, high), (least, most) = case.quartiles_s, case.ratio_quartiles
         table.add_row(
@@ -92,6 +98,7 @@ def as_text(cases: Sequence[Case], *, title: str) -> str:
             f"{least:.2f} to {most:.2f}",
             f"{case.cpu_s * 1e3:.1f}",
             *([] if case.mb_per_cpu_s is None else [f"{case.mb_per_cpu_s:.0f}"]),
+            *([] if case.limit is None else [f"{case.limit:g}"]),
         )
     page = io.StringIO()
     Console(file=page, width=120).print(table)

@@ -14,13 +14,15 @@ BENCHMARKS = {
     "labels": "Labels",
     "batches": "Batches",
     "patterns": "Patterns",
+    "codec": "Codec",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
-    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches, patterns.
+    """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches, patterns,
+    codec.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -44,6 +44,15 @@ def test_bench_decode_checks_and_times_both_protocols_beside_a_plain_read(capsys
         assert case["ratio"] > 0 and case["mb_per_cpu_s"] > 0 and case["setting"]["file_bytes"] > 30000 * 4 * 2 * 2
 
 
+def test_bench_codec_puts_every_limit_beside_its_figure(capsys):
+    arguments = ["--numel", "3000", "--layers", "2", "--repetitions", "2", "--json"]
+    assert main(["bench", "codec", *arguments]) == 0
+    cases = {case["name"]: case for case in json.loads(capsys.readouterr().out)["cases"]}
+    assert cases["sign"]["limit"] == 3.5 and cases["bf16"]["limit"] == 1.2
+    for case in cases.values():
+        assert case["baseline"] == "memory copy" and case["ratio"] > 0 and case["repetitions"] == 2
+
+
 def test_bench_certificate_puts_predictions_beside_true_errors(capsys):
     assert main(["bench", "certificate", "--cases", "3", "--seed", "11", "--json"]) == 0
     summary, *rows = json.loads(capsys.readouterr().out)["cases"]

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from harness.defenses import Chain, Moment, State, load_defense
+from harness.defenses.blocks import BLOCK
+from harness.defenses.largest import largest
 from harness.errors import ConfigError, DefenseError
 from harness.exchange.base import as_tensor
-from harness.seeding import wide_generator
+from harness.seeding import Draws
 from harness.wire.codec import decode
 
 SIZES = (0, 1, 600, 7, 2400)
@@ -59,16 +61,20 @@ def test_a_step_is_pure_and_its_draws_belong_to_a_moment(spec):
     chain, flat = load_defense(spec), gradient()
     before = chain.begin(SIZES)
     state = {name: tensor + 0.01 for name, tensor in before.items()}
-    kept, copied = flat.clone(), {name: tensor.clone() for name, tensor in state.items()}
-    first, after = apply(chain, flat, state, rank=1, step=2)
-    again, _ = apply(chain, flat, state, rank=1, step=2)
-    assert torch.equal(as_tensor(first), as_tensor(again))
-    assert torch.equal(flat, kept) and all(torch.equal(state[name], copied[name]) for name in state)
+    kept = flat.clone()
+
+    def sent(**moment: int) -> tuple[Tensor, State]:  # a state is handed over
+        coded, after = apply(chain, flat, {name: tensor.clone() for name, tensor in state.items()}, **moment)
+        return as_tensor(coded), after
+
+    first, after = sent(rank=1, step=2)
+    again, same = sent(rank=1, step=2)
+    assert torch.equal(first, again) and all(torch.equal(after[name], same[name]) for name in state)
+    assert torch.equal(flat, kept)
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
     drawn = any(name in spec for name in ("noise", "stochastic", "qsgd", "ternary"))
     for other in ({"rank": 0, "step": 2}, {"rank": 1, "step": 3}, {"rank": 1, "step": 2, "seed": 1}):
-        differs = not torch.equal(as_tensor(apply(chain, flat, state, **other)[0]), as_tensor(first))
-        assert differs == drawn or "warmup" in spec
+        assert torch.equal(sent(**other)[0], first) != drawn or "warmup" in spec
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -112,9 +118,11 @@ def test_more_than_32_bits_of_a_seed_count():
     seeds = [5, 5 + (1 << 40), 5 + (1 << 100)]
     draws = [sent_by("noise-gaussian:1", torch.zeros(ELEMENTS), seed=seed) for seed in seeds]
     assert not any(torch.equal(draws[a], draws[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
-    uniform = torch.rand(200_000, generator=wide_generator(3, "test"))
-    assert uniform.mean().item() == pytest.approx(0.5, abs=5e-3)
-    assert torch.histc(uniform, 16, 0, 1).std().item() < 4 * (200_000 / 16) ** 0.5
+    drawn = Draws(3, "test")
+    bytes_ = np.concatenate([drawn.words(np.uint8, 1000), drawn.words(np.uint32, 50_000).view(np.uint8)])
+    counts = np.bincount(bytes_, minlength=256)
+    # Chi-squared with 255 degrees of freedom: its deviation is 22.6.
+    assert abs(((counts - counts.mean()) ** 2 / counts.mean()).sum() - 255) < 5 * 22.6
 
 
 @pytest.mark.parametrize("spec", LOSES)
@@ -230,3 +238,56 @@ def test_a_chain_that_cannot_be_is_one_line(spec, text):
 def _whole(coded):
     codec, params, payload = coded.part(0, coded.size)
     return codec, coded.size, params, payload
+
+
+def written_out(values: np.ndarray, sizes: tuple[int, ...], counts: list[int]) -> np.ndarray:
+    """By sorting each tensor."""
+    places, at = [np.empty(0, np.int64)], 0
+    for size, count in zip(sizes, counts, strict=True):
+        places.append(at + np.sort(np.argsort(-np.abs(values[at : at + size]), stable=True)[:count]))
+        at += size
+    return np.concatenate(places)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-3, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("kind", ["random", "the sample misses", "the sample misleads", "not a number"])
+def test_the_largest_of_long_tensors_are_found_whatever_the_sample_says(share, kind):
+    sizes = (3 * BLOCK + 17, 5, BLOCK + 1)
+    values = np.random.default_rng(3).permutation(sum(sizes)).astype(np.float32) - np.float32(sum(sizes) / 3)
+    if kind == "the sample misses":
+        values[: sizes[0] : 401] = 0
+    elif kind == "the sample misleads":
+        values[: sizes[0] : 401] *= 1e6
+    counts = [round(size * share) for size in sizes]
+    expected = written_out(values, sizes, counts)
+    if kind == "not a number":
+        values[7] = np.nan
+        counts = [max(1, count) for count in counts]
+        expected = written_out(np.where(np.isnan(values), np.float32(np.inf), values), sizes, counts)
+    assert np.array_equal(np.concatenate(list(largest(values, sizes, counts))), expected)
+
+
+@pytest.mark.parametrize("spec", ["sign", "topk:0.999", "topk-dgc:0.99", "qsgd:7", "int8", "ternary:clip=2.0"])
+def test_long_vectors_are_coded_as_written_out(spec):
+    """In blocks as at once; segments that are cut, short ones together, and ones that fill a block."""
+    sizes = (BLOCK + 3, 2, 1, 600, BLOCK, 0, 2 * BLOCK + 1)
+    flat = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(1))
+    chain = load_defense(spec)
+    state = {name: torch.randn(sum(sizes)) for name in chain.begin(sizes)}
+    before = {name.partition(".")[2]: tensor.clone() for name, tensor in state.items()}
+    coded, after = chain(flat, sizes, state, seed=0, rank=0, step=0)
+    sent, total = as_tensor(coded), flat.clone()
+    if before:
+        total = before["residual"] + (flat + np.float32(0.9) * before["velocity"] if "velocity" in before else flat)
+        left = torch.where(sent != 0, 0.0, total) if "top" in spec else total - sent
+        assert torch.allclose(after["0.residual"], left, rtol=1e-6, atol=1e-6)
+    for part, said in zip(total.split(sizes), sent.split(sizes), strict=True):
+        if spec == "sign":
+            assert torch.allclose(said, part.abs().mean() * part.sign(), rtol=1e-5)
+        elif "top" in spec:
+            assert int((said != 0).sum()) == np.ceil(len(part) * (0.001 if spec == "topk:0.999" else 0.01) - 1e-9)
+            assert torch.equal(said[said != 0], part[said != 0])
+        elif len(part):
+            unit = {"q": part.norm() / 7, "i": part.abs().max() / 127, "t": part.abs().max()}[spec[0]]
+            reach = unit / 2 if spec == "int8" else unit
+            assert ((said - part).abs() <= reach * (1 + 1e-5)).all()

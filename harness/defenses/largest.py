@@ -1,0 +1,90 @@
+"""The largest elements of each tensor, exactly, in one pass.
+
+Of a long tensor every so-many-th element is looked at first, which tells about how large the smallest of the largest
+is; a pass then collects what is not clearly smaller, and of that little the largest are found. Where the sample was
+misleading, and too little was collected, everything is looked at: a sample decides how long it takes, never what is
+found. Lin et al. 2018 (arXiv 1712.01887, section 5) sample so, and are content with the sample's threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from harness.defenses.base import Sizes
+from harness.defenses.blocks import BLOCK
+from harness.wire.coded import Float32
+
+Places: TypeAlias = npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.uint32]
+
+_STRIDE = 401
+"""A prime, so that it meets all rows and columns of a matrix."""
+_DEVIATIONS = 3.0
+"""How many more of a sample are taken for the largest, of those by which their number deviates."""
+
+
+def largest(
+    values: Float32,
+    sizes: Sizes,
+    counts: list[int],
+    *,
+    peek: Callable[[slice], Float32] | None = None,
+    fill: Callable[[slice], None] | None = None,
+) -> Iterator[Places]:
+    """For each tensor, the places in the flat vector of the `counts` elements that are largest in magnitude, ascending.
+
+    What is not a number is larger than any; of two of one magnitude, which is not said.
+
+    Args:
+        values: the flat vector.
+        fill: writes a block of `values` before it is read, each once, in order; None: they are there.
+        peek: what any slice of `values` will be, whatever its stride.
+    """
+    at = 0
+    for size, count in zip(sizes, counts, strict=True):
+        least = _threshold((peek or values.__getitem__)(slice(at, at + size, _STRIDE)), size, count)
+        places, magnitudes = _not_below(least, values, at, at + size, fill)
+        if places.size < count:
+            places, magnitudes = np.arange(at, at + size), _magnitudes(values[at : at + size])
+        if (smaller := places.size - count) > 0:
+            chosen = np.ones(places.size, np.bool_)
+            chosen[np.argpartition(magnitudes, smaller - 1)[:smaller]] = False
+            places = places[chosen]
+        yield places
+        at += size
+
+
+def _magnitudes(values: Float32, out: Bits | None = None) -> Bits:
+    """As whole numbers, of which the larger is that of the larger float; what is not a number is above all."""
+    return np.bitwise_and(values.view(np.uint32), np.uint32(0x7FFFFFFF), out=out)
+
+
+def _threshold(sample: Float32, size: int, count: int) -> np.uint32:
+    """A magnitude that is hardly above the least of the `count` largest of `size` elements."""
+    expected = len(sample) * count / max(1, size)
+    rank = int(expected + _DEVIATIONS * max(1.0, expected) ** 0.5) + 1
+    if size <= BLOCK or rank >= len(sample):
+        return np.uint32(0)
+    return np.uint32(np.partition(_magnitudes(sample), -rank)[-rank])
+
+
+def _not_below(
+    least: np.uint32, values: Float32, begin: int, end: int, fill: Callable[[slice], None] | None
+) -> tuple[Places, Bits]:
+    """Where elements are not smaller, and their magnitudes."""
+    scratch, reaches = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.bool_)
+    places, magnitudes = [np.empty(0, np.int64)], [np.empty(0, np.uint32)]
+    for at in range(begin, end, BLOCK):
+        block = slice(at, min(at + BLOCK, end))
+        if fill is not None:
+            fill(block)
+        size = block.stop - at
+        here = _magnitudes(values[block], out=scratch[:size])
+        near = np.flatnonzero(np.greater_equal(here, least, out=reaches[:size]))
+        places.append(near + at)
+        magnitudes.append(here[near])
+    return np.concatenate(places), np.concatenate(magnitudes)

@@ -64,10 +64,7 @@ def reconstruct(
         raise AttackError(f"method {method!r} is not known; there are: {', '.join(METHODS)}")
     here = pick_device(device)
     start, cpu_start = time.monotonic(), time.process_time()
-    entropy = np.random.SeedSequence([seed, observation.rank, observation.step]).generate_state(1)[0]
-    context = Context(
-        generator=torch.Generator().manual_seed(int(entropy)), deadline=start + deadline_s, progress=progress
-    )
+    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=progress)
     fields: dict[str, Any] = {"method": method}
     try:
         target = prepare(observation, knowledge, device=here)
@@ -85,6 +82,34 @@ def reconstruct(
         cpu_seconds=time.process_time() - cpu_start,
         **fields,
     )
+
+
+def best_match(
+    observation: Observation,
+    knowledge: Knowledge,
+    *,
+    method: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    deadline_s: float = DEADLINE_S,
+) -> Answer:
+    """What a method proposes, whatever it is worth: published attacks show their last picture, and do not judge it.
+
+    For measurements that score such an attack; `reconstruct` is for whoever wants to know whether to believe it.
+    """
+    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=lambda _: None)
+    try:
+        return METHODS[method](prepare(observation, knowledge, device=pick_device(device)), context)
+    except Refused as refused:
+        return Answer(inputs=None, labels=None, reason=refused.reason)
+
+
+def _context(
+    observation: Observation, *, seed: int, deadline_s: float, progress: Callable[[Progress], None]
+) -> Context:
+    entropy = np.random.SeedSequence([seed, observation.rank, observation.step]).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(entropy))
+    return Context(generator=generator, deadline=time.monotonic() + deadline_s, progress=progress)
 
 
 def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:

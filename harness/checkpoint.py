@@ -17,6 +17,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,7 +30,7 @@ from harness.errors import CheckpointError
 from harness.models import UpdateRule
 from harness.tensors import save_tensors
 
-FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "device"}
+FREE = {"steps", "deadline_s", "checkpoint_every", "truth", "tensorboard", "device", "weights"}
 """Options that may change when a run goes on; all others decide its bits."""
 
 
@@ -92,12 +93,7 @@ def load_checkpoint(file: Path, *, model: nn.Module, rule: UpdateRule, config: T
 
     Raises: CheckpointError, naming the file, and the option that is not the same or what is damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            identity = json.loads(opened.metadata()["gradtap"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except Exception as error:  # safetensors' own error class is not public in every version that is allowed
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    identity, tensors = _read(file)
     for name, value in _identity(config, world_size).items():
         if identity["options"].get(name) != value:
             raise CheckpointError(
@@ -112,12 +108,34 @@ def load_checkpoint(file: Path, *, model: nn.Module, rule: UpdateRule, config: T
         else:
             index, _, name = name.partition(".")
             state.setdefault(int(index), {})[name] = tensor
+    _fill(model, weights, file)
+    rule.resume(state, steps_done=int(identity["step"]))
+    return int(identity["step"])
+
+
+def load_weights(file: Path, model: nn.Module) -> None:
+    """Puts the weights and buffers of a checkpoint into `model`, and nothing else of it.
+
+    Raises: CheckpointError, naming the file.
+    """
+    _, tensors = _read(file)
+    _fill(model, {key[6:]: tensor for key, tensor in tensors.items() if key.startswith("model.")}, file)
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            identity = json.loads(opened.metadata()["gradtap"])
+            return identity, {name: opened.get_tensor(name) for name in opened.keys()}
+    except Exception as error:  # safetensors' own error class is not public in every version that is allowed
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], file: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(f"{file}: does not fit the model: {error}") from error
-    rule.resume(state, steps_done=int(identity["step"]))
-    return int(identity["step"])
 
 
 def _beside(file: Path, rank: int) -> Path:

@@ -23,10 +23,13 @@ class TrainConfig:
     """Model: a built-in name with options (lenet, mlp, convnet, resnet; for text bert, gpt2; e.g.
     resnet:depth=18,norm=frozen or bert:init=minilm), package.module:factory, path/file.py:factory, or hf:PATH for a
     folder of Hugging Face's transformers. Built-in models take their input shape, tokens and classes from the data."""
+    weights: str = ""
+    """Checkpoint file of another run whose weights to begin with; empty: fresh ones."""
     data: str = "cifar100"
     """Data set: cifar100, cifar10 (sample pictures), mnist (5000 digits), faces, photos; your own copy with
     mnist:path=DIR, fashion-mnist:path=DIR, cifar10:path=DIR, cifar100:path=DIR, images:path=DIR,size=32x32. Text: prose
-    (sentences of Python's reference), or your own with text:path=FILE,length=32,tokenizer=minilm."""
+    (sentences of Python's reference), or your own with text:path=FILE,length=32,tokenizer=minilm. Any
+    set: part=train for all but every fifth example, part=test for those."""
     batch_size: int = 1
     """Examples per rank and step."""
     steps: int = 3

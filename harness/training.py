@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.checkpoint import last_checkpoint, load_checkpoint, load_remembered, save_checkpoint, save_remembered
+from harness.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_remembered,
+    load_weights,
+    save_checkpoint,
+    save_remembered,
+)
 from harness.config import TrainConfig
 from harness.data import Dataset, batch_at, load_data
 from harness.defenses import Moment, load_defense
@@ -40,7 +47,7 @@ class Trainer:
     """A rank's model, update rule and place in the run."""
 
     def __init__(self, config: TrainConfig, *, rank: int, world_size: int) -> None:
-        """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError."""
+        """Builds everything that the seed fixes. Raises: ConfigError, DataError, ModelError, CheckpointError."""
         self.rank, self.world_size = rank, world_size
         self.device = _device(config.device, rank)
         self.data = load_data(config.data)
@@ -51,6 +58,8 @@ class Trainer:
         self.config = config = dataclasses.replace(config, model=model)
         torch.manual_seed(derive(config.seed, "weights"))
         self.model: nn.Module = load_model(config.model).to(self.device).train()
+        if config.weights:
+            load_weights(Path(config.weights), self.model)
         self._check_fit()
         try:
             self.rule = load_optimizer(config.optimizer, self.model.parameters())

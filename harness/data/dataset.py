@@ -39,6 +39,9 @@ class Dataset(Protocol):
     def take(self, chosen: np.ndarray, *, loss: str, seed: int) -> Batch:
         """These examples, int64, shape (batch,), with the labels that `loss` needs; `seed` fixes what is drawn."""
 
+    def part(self, chosen: np.ndarray) -> Dataset:
+        """The set of these examples alone, int64, ascending. Raises: DataError where there are none."""
+
 
 def batch_at(
     data: Dataset,

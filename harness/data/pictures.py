@@ -68,6 +68,10 @@ class PictureSet:
             raise ConfigError(f"loss {loss!r} is for text, and {self.name} holds pictures; take cross_entropy")
         return self.classes
 
+    def part(self, chosen: np.ndarray) -> PictureSet:
+        """See `Dataset`."""
+        return dataclasses.replace(self, pictures=self.pictures[chosen], labels=self.labels[chosen])
+
     def take(self, chosen: np.ndarray, *, loss: str, seed: int) -> Batch:
         """See `Dataset`. Nothing is drawn."""
         return Batch(

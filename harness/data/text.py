@@ -71,6 +71,11 @@ class TextSet:
             raise ConfigError(f"loss masked_lm: tokenizer {self.tokenizer.name!r} has no mask token; take causal_lm")
         return self.classes if loss == "cross_entropy" else self.tokenizer.vocab
 
+    def part(self, chosen: np.ndarray) -> TextSet:
+        """See `Dataset`."""
+        sentences = tuple(self.sentences[place] for place in chosen)
+        return dataclasses.replace(self, sentences=sentences, labels=self.labels[chosen])
+
     def take(self, chosen: np.ndarray, *, loss: str, seed: int) -> Batch:
         """See `Dataset`. Padded to the longest; which tokens are masked is drawn for each sentence on its own."""
         pad = self.tokenizer.pad

@@ -55,6 +55,8 @@ class Lab(Command):
     """With --hosts: speed of each host's link, in Mbit/s."""
     ring_mib: int | None = None
     """Memory for packets that are not yet written, in MiB; otherwise an eighth of what is available, at most 1024."""
+    quiet: bool = False
+    """Do not repeat on standard error what the nodes print; RUN/logs has it."""
     time_limit_s: float = 3600.0
     """End everything after this long, in seconds."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=TrainConfig)
@@ -100,6 +102,7 @@ class Lab(Command):
             ring_mib=self.ring_mib,
             link_mbit=self.link_mbit,
             deadline_s=self.time_limit_s,
+            echo=not self.quiet,
         )
 
     def own_job(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:

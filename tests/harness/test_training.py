@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from harness.accuracy import accuracy
 from harness.config import TrainConfig, read_config, write_config
+from harness.data import load_data
 from harness.errors import CheckpointError, ConfigError
 from harness.exchange import LocalExchange
 from harness.exchange.base import flat_state
@@ -118,3 +120,24 @@ def test_a_model_without_a_shape_takes_that_of_the_data() -> None:
 def test_the_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_config(tmp_path, SMALL)
     assert read_config(tmp_path) == SMALL
+
+
+def test_weights_of_another_run_are_what_it_begins_with(tmp_path: Path) -> None:
+    before = trained(dataclasses.replace(SMALL, data="fashion-mnist", checkpoint_every=6), tmp_path)
+    file = tmp_path / "checkpoints" / "step6.safetensors"
+    begun = dataclasses.replace(SMALL, data="mnist", seed=5, weights=str(file), optimizer="sgd:lr=0", steps=1)
+    assert torch.equal(trained(begun), before)
+    with pytest.raises(CheckpointError, match=r"step6\.safetensors: does not fit the model"):
+        trained(dataclasses.replace(begun, data="cifar100"))
+
+
+def test_accuracy_is_the_share_of_right_classes(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, data="mnist:part=train", steps=1, checkpoint_every=1)
+    trainer = Trainer(config, rank=0, world_size=1)
+    trainer.train(LocalExchange(), run=tmp_path)
+    test = load_data("mnist:part=test")
+    found = accuracy(trainer.config.model, tmp_path / "checkpoints" / "step1.safetensors", test)
+    right = 0
+    for picture, label in zip(test.pictures, test.labels, strict=True):  # slow and obvious
+        right += int(trainer.model(torch.from_numpy(picture)[None].float() / 255).argmax()) == label
+    assert found == right / 1000

@@ -157,3 +157,13 @@ def test_order_is_fixed_by_the_seed_and_changes_with_epoch() -> None:
 def test_a_set_smaller_than_a_step_says_so() -> None:
     with pytest.raises(DataError, match="20 pictures, but one step takes 4 ranks x 8 = 32"):
         batch_at(load_data("cifar10"), seed=0, step=0, rank=0, world_size=4, batch_size=8)
+
+
+def test_parts_of_a_set_are_apart_and_whole_together() -> None:
+    whole, train, test = (load_data(f"mnist{part}") for part in ("", ":part=train", ":part=test"))
+    assert len(train.labels) + len(test.labels) == len(whole.labels) == 5 * len(test.labels)
+    assert (np.bincount(test.labels) == 100).all()  # the file has one class after the other
+    seen = {picture.tobytes() for picture in train.pictures}
+    assert not any(picture.tobytes() in seen for picture in test.pictures)
+    with pytest.raises(ConfigError, match="part: wanted train or test, got dev"):
+        load_data("mnist:part=dev")

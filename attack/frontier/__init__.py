@@ -1,0 +1,1 @@
+"""What defenses are worth: recordings of defended jobs -> how much two attackers read out of them, and summaries."""

@@ -1,0 +1,162 @@
+"""One recording of a defended job -> what two attackers read out of it, and how near to the truth that is.
+
+The adaptive one goes by what the wire and the configuration say of the defense, and gives no picture that it cannot
+stand for. The naive one takes what was sent for the gradient, as published attacks do, and always shows its best match;
+it is told that there is one example, as those are.
+The truth is opened after both have answered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from attack.answer import to_plain
+from attack.buffers import complete_buffers
+from attack.inference.source import Source
+from attack.metrics import score
+from attack.observation import Knowledge, Observation
+from attack.pool import Tell, work_in_processes
+from attack.reconstruct import best_match, reconstruct
+from attack.report.pictures import still
+from attack.truth import read_truth
+
+NAIVE = "idlg"
+"""The published attack that the naive one makes."""
+
+
+class Attacker(enum.StrEnum):
+    """Who attacks."""
+
+    NAIVE = "naive"
+    ADAPTIVE = "adaptive"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How both attack."""
+
+    seed: int = 0
+    adaptive_s: float = 60.0
+    """Longest time for one victim."""
+    naive_s: float = 15.0
+    """The same; its search is the longer the more hopeless it is."""
+    processes: int = 1
+    """Victims at once."""
+    pictures: int = 4
+    """Victims of which the pictures are kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """What an attacker has to show for one victim."""
+
+    status: str | None = None
+    method: str | None = None
+    inputs: Tensor | None = None
+    labels: Tensor | None = None
+    predicted_mse: float | None = None
+    cpu_seconds: float = 0.0
+    reason: str | None = "its gradient was not seen"
+
+
+_Task = tuple[Observation, Attacker]
+
+
+def measure(
+    capture: Path, truth: Path, knowledge: Knowledge, *, optimizer: str, defense: str, plan: Plan
+) -> dict[str, Any]:
+    """Both attackers on every victim of a recording. Blocks until they are done.
+
+    Args:
+        truth: folder in which the job sealed its batches; each counts, also one that the wire did not show.
+        optimizer: the job's update rule, which is declared.
+        defense: the sender's, which is declared where the wire does not say it.
+
+    Returns: plain values: `known_fraction`; `victims[]`, an entry for each victim and attacker; `pictures[]`, data
+        URIs.
+
+    Raises: TapError, AnswerError: the recording or the truth cannot be read. WorkerDied.
+    """
+    seen = list(complete_buffers(Source(capture, optimizer=optimizer).observations()))
+    found: dict[tuple[int, int, Attacker], _Found] = {}
+    tasks = [(one, attacker) for one in seen for attacker in Attacker if defense or attacker is Attacker.ADAPTIVE]
+
+    def ended(task: _Task, answer: _Found) -> None:
+        found[task[0].step, task[0].rank, task[1]] = answer
+
+    attack = functools.partial(_attack, knowledge, defense, plan)
+    if plan.processes > 1:
+        work_in_processes(attack, tasks, plan.processes, told=lambda task, progress: None, ended=ended)
+    else:
+        for task in tasks:
+            ended(task, attack(task, lambda progress: None))
+    victims: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    for step, rank in sealed(truth):
+        true_inputs, true_labels = read_truth(truth, rank=rank, step=step)
+        shown: dict[str, Any] = {"step": step, "rank": rank, "original": still(true_inputs[0], knowledge.input_range)}
+        for attacker in Attacker:
+            # Without a defense there is nothing to adapt to, or to ignore.
+            answer = found.get((step, rank, attacker if defense else Attacker.ADAPTIVE), _Found())
+            entry = _scored(answer, true_inputs, true_labels, knowledge.input_range)
+            victims.append({"step": step, "rank": rank, "attacker": attacker.value, **entry})
+            shown[attacker] = None if answer.inputs is None else still(answer.inputs[0], knowledge.input_range)
+            shown[f"{attacker}_psnr_db"] = entry["psnr_db"]
+        pictures.append(shown)
+    known = sum(one.known_fraction for one in seen) / len(seen) if seen else 0.0
+    plain: dict[str, Any] = to_plain(
+        {"known_fraction": known, "victims": victims, "pictures": pictures[: plan.pictures]}
+    )
+    return plain
+
+
+def sealed(truth: Path) -> list[tuple[int, int]]:
+    """(step, rank) of every batch that the job sealed, in order."""
+    names = (re.fullmatch(r"step(\d+)\.rank(\d+)\.(safetensors|npz)", file.name) for file in truth.glob("step*"))
+    return sorted((int(name[1]), int(name[2])) for name in names if name)
+
+
+def _attack(knowledge: Knowledge, defense: str, plan: Plan, task: _Task, tell: Tell) -> _Found:
+    observation, attacker = task
+    began = time.process_time()
+    if attacker is Attacker.NAIVE:
+        literal, alone = observation.taken_literally(), dataclasses.replace(knowledge, batch_size=1)
+        shown = best_match(literal, alone, method=NAIVE, seed=plan.seed, deadline_s=plan.naive_s)
+        return _Found(
+            method=NAIVE,
+            inputs=None if shown.inputs is None else shown.inputs.detach().float(),
+            labels=shown.labels,
+            cpu_seconds=time.process_time() - began,
+            reason=shown.reason,
+        )
+    told = dataclasses.replace(observation, average=None, defense=observation.defense or defense or None)
+    answer = reconstruct(told, knowledge, seed=plan.seed, deadline_s=plan.adaptive_s, progress=tell)
+    return _Found(
+        status=answer.status.value,
+        method=answer.method,
+        inputs=answer.inputs,
+        labels=answer.labels,
+        predicted_mse=answer.predicted_mse,
+        cpu_seconds=answer.cpu_seconds,
+        reason=answer.reason,
+    )
+
+
+def _scored(
+    answer: _Found, true_inputs: Tensor, true_labels: Tensor, input_range: tuple[float, float]
+) -> dict[str, Any]:
+    entry = {name: getattr(answer, name) for name in ("status", "method", "predicted_mse", "cpu_seconds", "reason")}
+    scores: dict[str, Any] = {"mse": None, "psnr_db": None, "ssim": None, "label_ok": False}
+    if answer.inputs is not None and answer.inputs.shape == true_inputs.shape and answer.inputs.isfinite().all():
+        assert answer.labels is not None
+        whole = score(answer.inputs, answer.labels, true_inputs, true_labels, input_range=input_range)
+        scores = {name: getattr(whole, name) for name in scores}
+    return entry | scores

@@ -1,0 +1,158 @@
+"""Rows of a sweep over defenses -> plots, and one HTML page with the pictures that came back under each.
+
+Reads what `attack.frontier` measured and summed up; measures and decides nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from attack.files import write_atomically
+from attack.frontier.leak import Attacker
+from attack.frontier.summary import LEAKED, STAGES, below, key
+from attack.report.page import number
+
+PAGE = "index.html"
+SHOWN = 6
+"""Pictures of one defense and stage on the page."""
+COLORS = {Attacker.NAIVE: "#b9770e", Attacker.ADAPTIVE: "#0b6e8c"}
+STAGE_NAMES = {"initial": "At initialization", "trained": "After training"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Gallery:
+    """What came back under one defense, in one stage."""
+
+    stage: str
+    pictures: tuple[Mapping[str, Any], ...]
+    """Data URIs and PSNRs, as a cell has them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """One defense of the page."""
+
+    row: Mapping[str, Any]
+    galleries: tuple[Gallery, ...]
+
+
+def write_frontier(
+    rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], made: Mapping[str, Any], out: Path
+) -> Path:
+    """Writes `out/index.html`, which opens offline, and its plots as `out/leak-*.svg`.
+
+    Args:
+        rows: of `attack.frontier.summary.summarize`.
+        cells: what they were made of.
+        made: `question`, `versions` and counts, to print.
+
+    Returns: the page's path.
+    """
+    plots = {
+        "leak-accuracy.svg": _plot(rows, "accuracy", "accuracy after training, %", 100.0),
+        "leak-bytes.svg": _plot(rows, "bytes_share", "bytes sent, % of a plain gradient's", 100.0, logarithmic=True),
+    }
+    for name, drawn in plots.items():
+        write_atomically(out / name, drawn)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("attack.report", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": _percent}
+    page = environment.get_template("frontier.html.j2").render(
+        sections=[_section(row, cells) for row in rows],
+        plots=["data:image/svg+xml;base64," + base64.b64encode(drawn).decode() for drawn in plots.values()],
+        made=made,
+        stages=STAGES,
+        stage_names=STAGE_NAMES,
+        attackers=[attacker.value for attacker in Attacker],
+        key=key,
+        leaked=below(LEAKED),
+        threshold=f"{LEAKED:g}",
+    )
+    write_atomically(out / PAGE, page)
+    return out / PAGE
+
+
+def _section(row: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Section:
+    galleries = []
+    for stage in STAGES:
+        pictures = [
+            picture
+            for cell in cells
+            if (cell["defense"] or "none") == row["defense"] and cell["stage"] == stage and "failed" not in cell
+            for picture in cell["pictures"]
+        ]
+        if pictures:
+            galleries.append(Gallery(stage=stage, pictures=tuple(pictures[:SHOWN])))
+    return Section(row=row, galleries=tuple(galleries))
+
+
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float, *, logarithmic: bool = False) -> bytes:
+    """An SVG of two panels, a stage each: the share of pictures read back over `what`, both attackers of a defense
+    joined by a line."""
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "svg.hashsalt": "gradtap"}):
+        figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+        panels = figure.subplots(1, len(STAGES), sharey=True)
+        for stage, axes in zip(STAGES, panels, strict=True):
+            _panel(axes, rows, stage, what, unit)
+            axes.set_title(STAGE_NAMES[stage])
+            axes.set_xlabel(title)
+            if logarithmic:
+                axes.set_xscale("log")
+                axes.set_xticks([2, 5, 10, 20, 50, 100])
+                axes.xaxis.set_major_formatter("{x:g}")
+                axes.minorticks_off()
+        panels[0].set_ylabel(f"pictures with mean squared error below {LEAKED:g}, %")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], stage: str, what: str, unit: float) -> None:
+    column = key(stage, Attacker.ADAPTIVE, below(LEAKED))
+    shown = [row for row in rows if row[what] is not None and row[column] is not None]
+    for attacker in Attacker:
+        column = key(stage, attacker, below(LEAKED))
+        x, y = [unit * row[what] for row in shown], [100 * row[column] for row in shown]
+        low = [max(0.0, 100 * (row[column] - row[f"{column}_low"])) for row in shown]
+        high = [max(0.0, 100 * (row[f"{column}_high"] - row[column])) for row in shown]
+        axes.errorbar(x, y, yerr=(low, high), fmt="none", ecolor=COLORS[attacker], alpha=0.25, linewidth=1)
+        marker = "o" if attacker is Attacker.ADAPTIVE else "x"
+        axes.plot(x, y, marker, color=COLORS[attacker], markersize=6, label=f"{attacker} attacker", zorder=3)
+    for place, (across, up, row) in enumerate(sorted(zip(x, y, shown, strict=True), key=lambda point: point[0])):
+        above = 100 * row[key(stage, Attacker.ADAPTIVE, below(LEAKED))]
+        axes.plot([across, across], [up, above], color="#9aa5b1", linewidth=0.8, zorder=1)
+        axes.annotate(
+            row["defense"],
+            (across, above),
+            textcoords="offset points",
+            xytext=(3, 5 + 9 * (place % 3)),
+            fontsize=7,
+            color="#1d2126",
+        )
+    axes.set_ylim(-4, 122)
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(color="#dcdfe3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,227 @@
+"""A sweep over defenses, cell by cell: each runs a real job in the lab, and keeps what came of it as one small file.
+
+    OUT/cells/{defense}.{stage}.seed{N}.json     a cell that is done, with the question that it answers
+    OUT/weights/{defense}.seed{N}.safetensors    what a training ended with, which `trained` goes on from
+    OUT/runs/{defense}.{stage}.seed{N}/          the job under way; gone when the cell is done
+
+A cell is there whole or not at all: a sweep that was killed goes on from the cells that are there, and several
+processes share one folder. Defenses of one seed train and are attacked with the same weights and the same pictures.
+Runs jobs and asks `attack.frontier` what they gave away; measures nothing itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attack.files import write_atomically
+from attack.frontier.leak import Plan, measure
+from attack.frontier.summary import STAGES
+from attack.observation import Knowledge
+from harness.accuracy import accuracy
+from harness.config import TrainConfig, versions
+from harness.data import load_data, load_pictures
+from harness.errors import ConfigError
+from harness.models import load_model
+from harness.seeding import derive
+from harness.training import resolve_model
+from nodes.commands.lab import Lab
+from nodes.lab import CAPTURE_NAME
+
+TRAINING, LOSS = "training", "cross_entropy"
+STILL = "sgd:lr=1e-6"
+"""The update rule of jobs that are attacked: the weights are to stay what they are."""
+SETTLING = 0.1
+"""Share of a training's steps, the first, that its times leave out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What is asked of every defense."""
+
+    out: Path
+    model: str
+    data: str
+    """To train and test on, and of the pictures attacked after training."""
+    pictures: str
+    """Of the pictures attacked at initialization."""
+    images: int
+    """Pictures attacked in a cell, at least."""
+    num_workers: int
+    batch_size: int
+    """Of a rank while it trains; what is attacked is single pictures."""
+    train_steps: int
+    optimizer: str
+    exchange: str
+    seed: int
+    plan: Plan
+    overwrite: bool = False
+    """Whether cells of another question count as not there."""
+
+    def question(self) -> dict[str, Any]:
+        """What decides a cell beside its own name."""
+        apart = {"out", "overwrite", "plan"}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
+        limits = {"naive_s": self.plan.naive_s, "adaptive_s": self.plan.adaptive_s}
+        return fields | limits | {"versions": versions()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One job, and what it gave away."""
+
+    defense: str
+    """A chain; empty for none."""
+    stage: str
+    """`training`, `initial` or `trained`."""
+    seed: int
+    """Counted from 0; the sweep's own is mixed in."""
+
+    @property
+    def name(self) -> str:
+        """How its file is called."""
+        return f"{slug(self.defense)}.{self.stage}.seed{self.seed}"
+
+
+def units(defenses: tuple[str, ...], seeds: int) -> list[tuple[Cell, ...]]:
+    """All cells, in units that one process does in order; seed by seed, so that early on there is something of all."""
+    return [
+        tuple(Cell(defense=defense, stage=stage, seed=seed) for stage in (TRAINING, *STAGES))
+        for seed in range(seeds)
+        for defense in defenses
+    ]
+
+
+def slug(defense: str) -> str:
+    """A defense's name as a part of a file's."""
+    return re.sub(r"[^\w.=+,-]", "_", defense) or "none"
+
+
+def read_cell(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
+    """A cell that is done, with how its job failed if it did; None where there is none, or a damaged one.
+
+    Raises: ConfigError: it answers another question.
+    """
+    path = _path(sweep, cell)
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        asked = found["question"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if asked == sweep.question():
+        return found
+    if sweep.overwrite:
+        return None
+    name = next(key for key, value in sweep.question().items() if asked.get(key) != value)
+    raise ConfigError(
+        f"{path}: its {name} was {asked.get(name)}, not {sweep.question()[name]}; go on with what was asked, name "
+        "another folder, or add --overwrite to start anew"
+    )
+
+
+def work(sweep: Sweep, cell: Cell) -> dict[str, Any]:
+    """Does a cell and keeps it. Blocks until it is done.
+
+    Returns: what its file holds; `failed`, in one line, where the job did not end well.
+
+    Raises: GradtapError, TapError, OSError: not the job, but the measurement failed.
+    """
+    run = sweep.out / "runs" / cell.name
+    done = _train(sweep, cell, run) if cell.stage == TRAINING else _attack(sweep, cell, run)
+    told = {"question": sweep.question(), **dataclasses.asdict(cell), **done}
+    write_atomically(_path(sweep, cell), json.dumps(told, allow_nan=False), durable=True)
+    shutil.rmtree(run, ignore_errors=True)
+    return told
+
+
+def _path(sweep: Sweep, cell: Cell) -> Path:
+    return sweep.out / "cells" / f"{cell.name}.json"
+
+
+def _weights(sweep: Sweep, cell: Cell) -> Path:
+    return (sweep.out / "weights" / f"{slug(cell.defense)}.seed{cell.seed}.safetensors").absolute()
+
+
+def _seed(sweep: Sweep, cell: Cell) -> int:
+    """Of the job: the same for every defense."""
+    return derive(sweep.seed, "frontier", cell.stage, cell.seed) % 2**31
+
+
+def _train(sweep: Sweep, cell: Cell, run: Path) -> dict[str, Any]:
+    train = TrainConfig(
+        model=sweep.model,
+        data=_part(sweep.data, "train"),
+        batch_size=sweep.batch_size,
+        steps=sweep.train_steps,
+        optimizer=sweep.optimizer,
+        defense=cell.defense,
+        exchange=sweep.exchange,
+        seed=_seed(sweep, cell),
+        checkpoint_every=sweep.train_steps,
+        truth=False,
+        tensorboard=False,
+    )
+    recorded = Lab(out=run, overwrite=True, num_workers=sweep.num_workers, tap="none", quiet=True, train=train).run()
+    if not recorded.ok:
+        return {"failed": recorded.text.splitlines()[0]}
+    weights = _weights(sweep, cell)
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / f"step{sweep.train_steps}.safetensors").replace(weights)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    settled = [line["seconds"] for line in lines if line["step"] >= SETTLING * sweep.train_steps]
+    test = load_data(_part(sweep.data, "test"))
+    model = resolve_model(sweep.model, test, LOSS)
+    return {
+        "accuracy": accuracy(model, weights, test),
+        "bytes_per_step": statistics.fmean(line["bytes_out"] for line in lines),
+        "plain_bytes": 4 * _parameters(model),
+        "step_ms": 1e3 * statistics.median(sum(seconds.values()) for seconds in settled),
+        "defense_ms": 1e3 * statistics.median(seconds["defense"] for seconds in settled),
+    }
+
+
+def _attack(sweep: Sweep, cell: Cell, run: Path) -> dict[str, Any]:
+    trained = cell.stage == "trained"
+    weights = _weights(sweep, cell)
+    if trained and not weights.exists():
+        return {"failed": "its training failed"}
+    spec = _part(sweep.data, "train") if trained else sweep.pictures
+    data = load_pictures(spec)
+    train = TrainConfig(
+        model=sweep.model,
+        weights=str(weights) if trained else "",
+        data=spec,
+        steps=-(-sweep.images // sweep.num_workers),
+        optimizer=STILL,
+        defense=cell.defense,
+        exchange=sweep.exchange,
+        seed=_seed(sweep, cell),
+        tensorboard=False,
+    )
+    recorded = Lab(out=run, overwrite=True, num_workers=sweep.num_workers, ring_mib=32, quiet=True, train=train).run()
+    if not recorded.ok:
+        return {"failed": recorded.text.splitlines()[0]}
+    knowledge = Knowledge(
+        model=resolve_model(sweep.model, data, LOSS),
+        input_shape=data.input_shape,
+        optimizer=STILL,
+        optimizer_source="declared",
+    )
+    return measure(run / CAPTURE_NAME, run / "truth", knowledge, optimizer=STILL, defense=cell.defense, plan=sweep.plan)
+
+
+def _part(data: str, part: str) -> str:
+    """A data set's name, with the part that is trained on, or held out."""
+    return f"{data}{',' if ':' in data else ':'}part={part}"
+
+
+def _parameters(model: str) -> int:
+    with torch.random.fork_rng(devices=[]):
+        return sum(parameter.numel() for parameter in load_model(model).parameters())

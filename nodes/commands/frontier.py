@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from attack.files import write_atomically
@@ -92,6 +93,7 @@ class Frontier(Command):
     def run(self) -> Result:
         """Does what is not done yet, and writes the report. Raises: GradtapError, TapError where a cell cannot be."""
         share = share_of_victims()
+        torch.set_num_threads(1)  # beside the jobs and other attacks, more only wait for each other
         for name in [name for name in os.environ if name.startswith(TORCHRUN)]:
             del os.environ[name]
         sweep = self._sweep(share)

@@ -38,8 +38,8 @@ def example_gradients(model: nn.Module, loss: Loss, batch: Batch) -> ExampleGrad
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ConfigError(
-                f"defense clip-examples: layer {name} normalizes by the batch, so no gradient is one example's; take a "
-                "model without batch norm"
+                f"a defense of each example: layer {name} normalizes by the batch, so no gradient is one example's; "
+                "take a model without batch norm"
             )
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -53,7 +53,7 @@ def example_gradients(model: nn.Module, loss: Loss, batch: Batch) -> ExampleGrad
         gradients, (losses, outputs) = mapped(parameters, batch.inputs, batch.labels)
     except RuntimeError as error:
         raise ConfigError(
-            f"defense clip-examples: this model's gradient cannot be had for each example: {error}"
+            f"a defense of each example: this model's gradient cannot be had for each: {error}"
         ) from error
     size = len(batch.labels)
     return ExampleGradients(

@@ -39,13 +39,21 @@ class RunLog:
             self.curves = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
 
     def step(
-        self, step: int, *, gradients: Gradients, bytes_out: int, bytes_in: int, seconds: dict[str, float]
+        self,
+        step: int,
+        *,
+        gradients: Gradients,
+        bytes_out: int,
+        bytes_in: int,
+        seconds: dict[str, float],
+        privacy: dict[str, float | None],
     ) -> None:
         """Writes what one step of this rank did.
 
         Args:
             bytes_out, bytes_in: payload bytes of this step.
             seconds: wall time by part, e.g. gradient, exchange, update.
+            privacy: what has been spent so far, where the defense is differentially private.
         """
         line: dict[str, Any] = {
             "step": step,
@@ -55,7 +63,7 @@ class RunLog:
             "bytes_out": bytes_out,
             "bytes_in": bytes_in,
             "seconds": {part: round(value, 6) for part, value in seconds.items()},
-        }
+        } | privacy
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, (json.dumps(line) + "\n").encode())
@@ -67,6 +75,9 @@ class RunLog:
             self.curves.add_scalar("exchange/bytes_out", bytes_out, step)
             for part, value in seconds.items():
                 self.curves.add_scalar(f"seconds/{part}", value, step)
+            for name, epsilon in privacy.items():
+                if epsilon is not None:
+                    self.curves.add_scalar(f"privacy/{name}", epsilon, step)
 
     def truth(self, step: int, *, batch: Batch, gradient: Tensor, model: nn.Module) -> None:
         """Seals what the eavesdropper must never see, beside the weights that the gradient was taken at."""

@@ -28,6 +28,7 @@ from harness.exchange.base import Exchange
 from harness.gradients import example_gradients, mean_gradient
 from harness.models import LOSSES, MODELS, load_model, load_optimizer
 from harness.models.spec import parse_spec
+from harness.privacy import Accountant
 from harness.runlog import RunLog
 from harness.seeding import derive
 from harness.types import Batch, Gradients
@@ -71,6 +72,13 @@ class Trainer:
                 f"defense {config.defense!r} has momentum in place of the optimizer's, and {config.optimizer!r} too; "
                 "take sgd:lr=... without momentum, or topk-dgc:...,momentum=0"
             )
+        self.accountant = self.defense.private and Accountant(
+            defense=self.defense.private,
+            examples=len(self.data),
+            batch_size=config.batch_size,
+            world_size=world_size,
+        )
+        """Where the defense is differentially private."""
         self.sizes = tuple(parameter.numel() for parameter in self.model.parameters())
         self.remembered = self.defense.begin(self.sizes)
         """What the defense keeps from step to step."""
@@ -112,6 +120,8 @@ class Trainer:
                 every = self.config.checkpoint_every
                 if run and every and self.steps_done % every == 0:
                     self.save(run)
+            if run and self.rank == 0 and self.accountant:
+                self.accountant.spent(self.steps_done).write(run)
         finally:
             if log:
                 log.close()
@@ -156,6 +166,7 @@ class Trainer:
                 bytes_out=exchange.traffic.bytes_out - before[0],
                 bytes_in=exchange.traffic.bytes_in - before[1],
                 seconds=clock.seconds,
+                privacy={"epsilon_links": self.accountant.epsilon(step + 1)} if self.accountant else {},
             )
         self.steps_done += 1
         return gradients

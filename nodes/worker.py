@@ -98,6 +98,8 @@ def run(config: WorkerConfig) -> None:
         _progress(config.train.steps, first=trainer.steps_done, show=rank == 0) as tell,
     ):
         trainer.train(exchange, run=config.out, progress=tell)
+        if rank == 0 and trainer.accountant:
+            console.print(str(trainer.accountant.spent(trainer.steps_done)), markup=False)
 
 
 def _place() -> tuple[int, int]:

@@ -4,6 +4,7 @@
 | ---------------- | ---------------------------------------------------- | --------- | ------------------ |
 | `clip`           | at most so long                                      | `clip`    |                    |
 | `clip-examples`  | the mean of examples' gradients, each at most so long | `clip`    |                    |
+| `dp-sgd`         | the same with noise: differential privacy            | `dp_sgd`  |                    |
 | `noise-gaussian`, `noise-laplace` | with noise added                    | `noise`   |                    |
 | `prune`          | the largest elements; the others are forgotten       | `prune`   |                    |
 | `topk`, `topk-dgc` | the largest elements; the others are kept for later | `topk`    | residual, velocity |

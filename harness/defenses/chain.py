@@ -1,7 +1,7 @@
 """A chain of defenses, as a person names it, e.g. `clip:1.0+noise-gaussian:1e-3` or `topk-dgc:0.99,momentum=0.9`.
 
-A link is `name`, `name:value` or `name:value,key=value`; links are applied from left to right. What belongs to a
-gradient comes before what codes it, of which there is one at most.
+A link is `name`, `name:value`, `name:key=value` or `name:value,key=value`; links are applied from left to right.
+What belongs to a gradient comes before what codes it, of which there is one at most.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.defenses.base import Coder, ExampleStep, Link, Moment, Sizes, State, Step
 from harness.defenses.clip import Clip, ClipExamples
+from harness.defenses.dp_sgd import DPSGD
 from harness.defenses.half import Short
 from harness.defenses.int8 import Int8
 from harness.defenses.noise import Gaussian, Laplace
@@ -31,6 +32,7 @@ from harness.wire.coded import Coded, Defended
 
 DEFENSES: dict[str, Callable[..., Link]] = {
     "clip-examples": ClipExamples,
+    "dp-sgd": DPSGD,
     "clip": Clip,
     "noise-gaussian": Gaussian,
     "noise-laplace": Laplace,
@@ -59,6 +61,11 @@ class Chain:
         """What takes the gradients of a batch's examples, where the chain begins so."""
         first = self.links[0] if self.links else None
         return first if isinstance(first, ExampleStep) else None
+
+    @property
+    def private(self) -> DPSGD | None:
+        """What epsilon is told of, where the chain begins so: what comes behind it takes nothing away."""
+        return self.of_examples if isinstance(self.of_examples, DPSGD) else None
 
     @property
     def momentum(self) -> bool:
@@ -126,14 +133,16 @@ def _link(spec: str, part: str) -> Link:
     positional = [key for key, parameter in wanted.items() if parameter.default is parameter.empty]
     options: dict[str, Any] = {}
     for key in positional:
-        if not values or "=" in values[0]:
-            raise ConfigError(f"defense {spec!r}: {name} needs its {key}; wanted {form}")
-        options[key] = _value(values.pop(0))
+        if values and "=" not in values[0]:
+            options[key] = _value(values.pop(0))
     for value in values:
         key, equals, text = value.partition("=")
-        if not equals or key not in wanted or key in positional:
+        if not equals or key not in wanted or key in options:
             raise ConfigError(f"defense {spec!r}: {value!r} is not an option of {name}; wanted {form.rstrip(':')}")
         options[key] = _value(text)
+    for key in positional:
+        if key not in options:
+            raise ConfigError(f"defense {spec!r}: {name} needs its {key}; wanted {form}")
     try:
         return DEFENSES[name](**options)
     except TypeError:  # a text where a number is compared

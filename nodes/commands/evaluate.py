@@ -12,6 +12,7 @@ import tyro
 from attack.decode.recording import Recording
 from attack.evaluate import evaluate
 from attack.report import Chapter, write_report
+from harness.privacy import read_spent
 from nodes.commands.base import Command, Result
 from nodes.console import table
 from nodes.lab import CAPTURE_NAME
@@ -30,8 +31,10 @@ class Evaluate(Command):
     def run(self) -> Result:
         """Scores RUN/attack with the truth; writes RUN/attack/evaluation.json and RUN/report/index.html."""
         found, chapter = score(self.run_folder, title=self.run_folder.name, truth=self.truth)
-        report = write_report([chapter], self.run_folder / "report")
-        return Result(json={"report": str(report), **found}, text=f"{victims_table(found['victims'])}\n{report}")
+        report, text = write_report([chapter], self.run_folder / "report"), victims_table(found["victims"])
+        if (privacy := read_spent(self.run_folder)) is not None:
+            found, text = found | {"privacy": dataclasses.asdict(privacy)}, f"{text}\n{privacy}"
+        return Result(json={"report": str(report), **found}, text=f"{text}\n{report}")
 
 
 def score(run: Path, *, title: str, truth: Path | None = None) -> tuple[dict[str, Any], Chapter]:

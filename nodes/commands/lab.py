@@ -15,6 +15,7 @@ import tyro
 
 from harness.config import TrainConfig, write_config
 from harness.errors import ConfigError
+from harness.privacy import read_spent
 from nodes.commands.base import Command, Result
 from nodes.lab import CAPTURE_NAME, RESULT_NAME, LabConfig, LabResult, run_lab
 from nodes.network import address
@@ -79,7 +80,10 @@ class Lab(Command):
         if train is not None:
             write_config(self.out, train, world_size=self.num_workers)
         result = run_lab(config)
-        return Result(json=result.to_json(), text=describe(result), ok=result.ok)
+        found, text = result.to_json(), describe(result)
+        if (privacy := read_spent(self.out)) is not None:
+            found, text = found | {"privacy": dataclasses.asdict(privacy)}, f"{text}\n{privacy}"
+        return Result(json=found, text=text, ok=result.ok)
 
     def config(self) -> LabConfig:
         """What to run, and where to listen. Raises: ConfigError."""

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
+from math import exp
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import ndtr
 
 from harness.config import TrainConfig
+from harness.defenses import Moment, load_defense
+from harness.defenses.base import ExampleStep
+from harness.defenses.dp_sgd import DPSGD
 from harness.errors import CheckpointError, ConfigError
 from harness.exchange import LocalExchange
 from harness.exchange.base import flat_state
 from harness.gradients import example_gradients, mean_gradient
 from harness.models import load_model
 from harness.models.losses import LOSSES
+from harness.privacy import Accountant, Spent, read_spent
 from harness.training import Trainer
 from harness.types import Batch
 
 PLAIN = TrainConfig(model="mlp:hidden=20", batch_size=3, steps=6, tensorboard=False, truth=False)
-DEFENSES = ("sign", "topk-dgc:0.9", "clip-examples:0.1+noise-gaussian:1e-3+int8:rounding=stochastic")
+DEFENSES = (
+    "sign",
+    "topk-dgc:0.9",
+    "clip-examples:0.1+noise-gaussian:1e-3+int8:rounding=stochastic",
+    "dp-sgd:noise=1,clip=0.1+topk:0.5",
+)
 
 
 def trained(config: TrainConfig, run: Path | None = None, *, world: int = 1, resume: bool = False) -> torch.Tensor:
@@ -121,3 +133,53 @@ def test_what_cannot_be_defended_is_one_line() -> None:
         )
     with pytest.raises(ConfigError, match="'gauss' is not known"):
         Trainer(dataclasses.replace(PLAIN, defense="gauss"), rank=0, world_size=1)
+
+
+def test_dp_sgd_is_clipping_and_each_ranks_own_noise(tmp_path: Path) -> None:
+    examples = torch.tensor([[3.0, 4.0], [0.3, 0.4]]).repeat(1, 20_000)
+    norm = float(torch.linalg.vector_norm(examples[0]))
+    (clip,) = load_defense(f"clip-examples:{norm}").links
+    (private,) = load_defense(f"dp-sgd:noise=0.5,clip={norm}").links
+    assert isinstance(clip, ExampleStep) and isinstance(private, ExampleStep)
+    noise = [
+        private(examples, Moment(seed=0, rank=rank, step=0)) - clip(examples, Moment(seed=0, rank=0, step=0))
+        for rank in (0, 1)
+    ]
+    for each in noise:  # of the sum 0.5 C, of the mean of two examples half of that; its own deviation is 1 / sqrt(8e4)
+        assert each.std().item() == pytest.approx(0.25 * norm, rel=0.02)
+    assert abs(torch.corrcoef(torch.stack(noise))[0, 1].item()) < 0.02
+    config = dataclasses.replace(PLAIN, steps=1, truth=False, defense="dp-sgd:noise=0,clip=1e9")
+    plain = trained(dataclasses.replace(config, defense=""))
+    assert torch.allclose(trained(config, tmp_path), plain, rtol=0, atol=1e-6)
+    spent = read_spent(tmp_path)
+    assert spent is not None and spent.epsilon_links is None and "no bound" in str(spent)
+
+
+def test_what_is_spent_counts_an_examples_batches(tmp_path: Path) -> None:
+    trained(dataclasses.replace(PLAIN, defense="dp-sgd:noise=2.0,clip=1.0,delta=1e-6"), tmp_path, world=2)
+    spent = read_spent(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert spent is not None and all(line["epsilon_links"] > 0 for line in lines)
+    assert spent.sampling_rate == 6 / spent.examples and spent.delta == 1e-6
+    assert spent.epsilon_model < spent.epsilon_links == max(line["epsilon_links"] for line in lines)
+    assert "epsilon" in str(spent)
+
+
+def test_epsilon_is_that_of_the_literature() -> None:
+    def spent(noise: float, steps: int, *, examples: int = 100, batch: int = 25, world: int = 1) -> Spent:
+        defense = DPSGD(noise=noise, clip=1.0)
+        return Accountant(defense=defense, examples=examples, batch_size=batch, world_size=world).spent(steps)
+
+    # Balle and Wang 2018, arXiv 1805.06530, theorem 8: delta of a Gaussian mechanism.
+    for noise, batches in ((1.0, 1), (3.0, 2), (0.7, 5)):
+        once = spent(noise, 4 * batches)
+        assert once.batches_of_an_example == batches
+        mu, epsilon = batches**0.5 / noise, once.epsilon_links
+        delta = ndtr(mu / 2 - epsilon / mu) - exp(epsilon) * ndtr(-mu / 2 - epsilon / mu)
+        assert delta == pytest.approx(1e-5, rel=1e-3)
+    # One batch more is spent when a new epoch begins, and four ranks' noise together is twice one's.
+    assert spent(1.0, 4).epsilon_links < spent(1.0, 5).epsilon_links == spent(1.0, 8).epsilon_links
+    assert spent(1.0, 3, batch=5, world=4).epsilon_model == pytest.approx(spent(2.0, 3, batch=20).epsilon_links)
+    # Abadi et al. 2016, arXiv 1607.00133, figure 2: q = 0.01, sigma = 4, 100 epochs, delta 1e-5: epsilon 1.26, of which
+    # a fifth was their conversion from moments; 0.942 is the limit of many steps (Dong et al. 2019, arXiv 1905.02383).
+    assert 0.942 < spent(4.0, 10_000, examples=60_000, batch=600).epsilon_links_poisson < 1.26

@@ -212,7 +212,7 @@ def test_what_is_not_a_number_has_no_level(spec):
 @pytest.mark.parametrize(
     "spec, text",
     [
-        ("gauss:1", "'gauss' is not known; there are: clip-examples, clip, noise-gaussian"),
+        ("gauss:1", "'gauss' is not known; there are: clip-examples, dp-sgd, clip, noise-gaussian"),
         ("clip", "clip needs its norm; wanted clip:NORM"),
         ("clip:0", "wanted a norm of more than 0"),
         ("clip:much", "holds a text where clip takes a number; wanted clip:NORM"),
@@ -227,6 +227,9 @@ def test_what_is_not_a_number_has_no_level(spec):
         ("int8+fp16", "int8 codes what is sent, so it comes last"),
         ("clip:1.0+clip-examples:1.0", "clip-examples:1.0 takes each example's gradient: put it first"),
         ("clip:1.0+", "'' is not known"),
+        ("dp-sgd:noise=1.0", "dp-sgd needs its clip; wanted dp-sgd:NOISE,CLIP,delta=1e-05"),
+        ("dp-sgd:1.0,noise=2.0,clip=1", "'noise=2.0' is not an option of dp-sgd"),
+        ("dp-sgd:noise=1,clip=1,delta=2", "delta: wanted more than 0 and below 1"),
     ],
 )
 def test_a_chain_that_cannot_be_is_one_line(spec, text):

@@ -87,15 +87,22 @@ def check(links: list[Link]) -> None:
         raise NoChain("the last layer is not linear with a bias")
 
 
-def push(link: Link, columns: Tensor) -> Tensor:
-    """F u of each row of `columns`: (vectors, inputs) -> (vectors, outputs)."""
+def push(link: Link, columns: Tensor, weight: Tensor | None = None) -> Tensor:
+    """F u of each row of `columns`: (vectors, inputs) -> (vectors, outputs).
+
+    Args:
+        weight: in place of the layer's own.
+    """
     module = link.module
     if isinstance(module, nn.Linear):
-        return columns @ module.weight.T
+        return columns @ (module.weight if weight is None else weight).T
     assert isinstance(module, nn.Conv2d)
-    inputs = columns.view(len(columns), *link.input_shape)
     return functional.conv2d(
-        inputs, module.weight, stride=module.stride, padding=module.padding, dilation=module.dilation
+        columns.view(len(columns), *link.input_shape),
+        module.weight if weight is None else weight,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
     ).flatten(1)
 
 
@@ -162,7 +169,7 @@ def rows_touched(link: Link, row: int) -> tuple[slice, slice]:
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
     first = row * module.stride[0] - module.padding[0]
     last = min(first + module.dilation[0] * (module.kernel_size[0] - 1) + 1, height)
-    return slice(max(first, 0), last), slice(max(-first, 0), last - first)
+    return slice(max(first, 0), max(last, 0)), slice(max(-first, 0), max(last - first, 0))
 
 
 def gradient_rows(link: Link, error: Tensor) -> Tensor:
@@ -171,22 +178,18 @@ def gradient_rows(link: Link, error: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return error[:, None]
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-    height, width = module.kernel_size
-    # The error of one output, pulled back through a kernel with a single 1, says where that kernel element met u.
-    single = torch.eye(height * width, dtype=error.dtype, device=error.device).view(1, -1, height, width)
     outputs, *positions = link.output_shape
-    return (
-        conv2d_input(
-            [outputs, height * width, *link.input_shape[1:]],
-            single,
-            error.reshape(outputs, 1, *positions),
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-        )
-        .flatten(2)
-        .flatten(0, 1)
-    )
+    # One row per output and kernel element k: the error at p stands where k met u, at p stride + k dilation - padding.
+    spread = error.new_zeros(outputs, *((p - 1) * s + 1 for p, s in zip(positions, module.stride, strict=True)))
+    spread[:, :: module.stride[0], :: module.stride[1]] = error.view(outputs, *positions)
+    margins: list[int] = []  # from the last axis to the first, as `pad` wants them; negative where it is to crop
+    for axis in (1, 0):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        size, padding = link.input_shape[1 + axis], module.padding[axis]
+        margins += [reach - padding, size + padding - spread.shape[1 + axis]]
+    moved = functional.pad(spread, margins).unfold(1, link.input_shape[1], 1).unfold(2, link.input_shape[2], 1)
+    moved = moved[:, :: module.dilation[0], :: module.dilation[1]].flip(1, 2)
+    return moved.reshape(outputs * math.prod(module.kernel_size), -1)
 
 
 def by_channel(link: Link, weight_gradient: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ but a layer passes on one variance for all its elements. On fresh LeNets the ans
 the full belief, and the work a tenth. Conjugate gradients solve the equations, for the mean and for draws from the
 posterior; a float32 factor of the whole normal matrix, near enough, makes them arrive in 2 to 8 iterations:
 
-* where a layer has few outputs, it is had by way of those (`_Jointly`);
+* where a layer has few outputs, it is had by way of those (`attack.engine.by_outputs`);
 * else, for convolutions, in stripes of rows (`attack.engine.stripes`).
 
 Serves gradients that are known in full. Knows neither label nor truth.
@@ -23,10 +23,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from attack.engine.by_outputs import ByOutputs
 from attack.engine.chain import Link, NoChain
 from attack.engine.context import Context
-from attack.engine.layers import activation, bias_of, by_channel, forward_matrix, gradient_rows, pull_back, push
-from attack.engine.stripes import Stripes, lower_gram
+from attack.engine.layers import activation, bias_of, by_channel, gradient_rows, pull_back, push
+from attack.engine.stripes import Stripes
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, prior_below
 
@@ -37,11 +38,8 @@ ITERATIONS, AGAIN_ITERATIONS = 40, 1
 SOLVED, DRAWN = 1e-2, 0.1
 """Squared distance from the solution, in standard deviations and a mean over the directions, at which they end, for
 the mean and for draws."""
-KNOWN = 0.03
-"""A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
-say of an element."""
 MOST_OUTPUTS, MOST_ELEMENTS = 1024, 512
-"""Outputs of a layer, and elements of one of its input channels, up to which `_Jointly` serves."""
+"""Outputs of a layer, and elements of one of its input channels, up to which `ByOutputs` serves."""
 MOST_ROWS = 2048
 """Gradient rows, all channels together, up to which `Stripes` does."""
 
@@ -209,61 +207,7 @@ class _Layer:
         """Near the inverse of the normal matrix. Raises: NoChain."""
         count, size = self._rows.shape
         if len(self._precision) <= MOST_OUTPUTS and size <= MOST_ELEMENTS:
-            return _Jointly(self._link, self._precision, self._rows, 1 / self._variance).solve
+            return ByOutputs(self._link, self._precision, self._rows, 1 / self._variance).solve
         if isinstance(self._link.module, nn.Conv2d) and count * self._channels <= MOST_ROWS:
             return Stripes(self._link, self._precision, self._rows, 1 / self._variance).solve
         raise NoChain(f"layer {self._link.name}: {self._link.inputs} inputs are too many to be walked back quickly")
-
-
-class _Jointly:
-    """The inverse of a layer's normal matrix in float32, by way of its outputs.
-
-    In the eigenvectors of the gradient rows, most directions s of the input are known well, with variances C; the
-    others, o, are open. Seen from the outputs, the known ones are noise of covariance S = P^-1 + F_s C F_s', and so
-
-        (1/C_o + F_o' S^-1 F_o) a_o = r_o - F_o' S^-1 F_s C r_s,    a_s = C (r_s - F_s' S^-1 (F_s C r_s + F_o a_o))
-    """
-
-    def __init__(self, link: Link, precision: Tensor, rows: Tensor, floor: float) -> None:
-        self._channels, size = link.inputs // rows.shape[1], rows.shape[1]
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
-        values = values.clamp(min=0) + floor
-        self._vectors = vectors.float()
-        forward = forward_matrix(link, torch.float32)
-        says = precision.float().clamp(min=1e-12 * float(precision.max()) + torch.finfo(torch.float32).tiny)
-        weight = next(link.module.parameters()).float()
-        typical = float(pull_back(link, says[None], weight.square()).mean())  # of the diagonal of F'PF
-        self._count = int((values < KNOWN * typical).sum())
-        self._known = (1 / values).float()
-        self._known[: self._count] = 0
-        forward = forward.view(-1, self._channels, size) @ self._vectors
-        self._forward, self._open = forward.flatten(1), forward[:, :, : self._count].flatten(1)
-        scaled = (forward * self._known.sqrt()).flatten(1)
-        noise = lower_gram(scaled)
-        noise.diagonal().add_(1 / says)
-        self._noise = _cholesky(noise, link)
-        whitened = torch.linalg.solve_triangular(self._noise, self._open, upper=False)
-        matrix = lower_gram(whitened.T)
-        matrix.diagonal().add_(values[: self._count].float().repeat(self._channels))
-        self._factor = _cholesky(matrix, link)
-
-    def solve(self, right: Tensor) -> Tensor:
-        """Shape (vectors, inputs) -> the same."""
-        r = right.float().view(len(right), self._channels, -1) @ self._vectors
-        explained = (r * self._known).flatten(1) @ self._forward.T
-        free = r[:, :, : self._count].flatten(1) - self._weigh(explained) @ self._open
-        free = torch.cholesky_solve(free.T, self._factor).T
-        weighed = self._weigh(explained + free @ self._open.T) @ self._forward
-        solved = (r - weighed.view_as(r)) * self._known
-        solved[:, :, : self._count] = free.view(len(right), self._channels, self._count)
-        return (solved @ self._vectors.T).flatten(1).to(right)
-
-    def _weigh(self, outputs: Tensor) -> Tensor:
-        return torch.cholesky_solve(outputs.T, self._noise).T
-
-
-def _cholesky(matrix: Tensor, link: Link) -> Tensor:
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        raise NoChain(f"layer {link.name}: its equations are too ill-conditioned for float32")
-    return factor

@@ -13,6 +13,7 @@ LAYERS = [
     (nn.Linear(7, 4), (7,)),
     (nn.Conv2d(2, 3, 3), (2, 6, 5)),
     (nn.Conv2d(3, 2, 5, stride=2, padding=2), (3, 9, 8)),
+    (nn.Conv2d(2, 3, (1, 2), stride=(3, 2), padding=(2, 3)), (2, 6, 5)),
     (nn.Conv2d(1, 4, (3, 2), stride=(1, 2), padding=(0, 1), dilation=2, bias=False), (1, 8, 8)),
 ]
 

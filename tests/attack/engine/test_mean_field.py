@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from attack.engine.by_outputs import ByOutputs
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
 from attack.engine.layers import forward_matrix, pull_back, push
-from attack.engine.mean_field import QuickWalk, _Jointly
+from attack.engine.mean_field import QuickWalk
 from attack.engine.stripes import Stripes
 from attack.engine.target import prepare
 from attack.engine.walk import FullWalk
@@ -27,7 +28,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.parametrize("kind", [Stripes, _Jointly])
+@pytest.mark.parametrize("kind", [Stripes, ByOutputs])
 @torch.no_grad()
 def test_factor_is_that_of_the_dense_matrix(name, kind):
     torch.manual_seed(0)
@@ -42,7 +43,7 @@ def test_factor_is_that_of_the_dense_matrix(name, kind):
     dense.diagonal().add_(0.5)
     right = torch.randn(3, link.inputs, dtype=torch.float64)
     solved = kind(link, weights, rows, 0.5).solve(right)
-    assert torch.allclose(solved @ dense, right, atol=5e-3)  # float32, and damped by 1e-5 of the diagonal
+    assert torch.allclose(solved @ dense, right, atol=5e-3)  # float32, and damped by 1e-4 of the diagonal
 
 
 @pytest.mark.parametrize("name", ["convolution", "sigmoid", "tanh"])

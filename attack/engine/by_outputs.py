@@ -1,0 +1,69 @@
+"""A layer's weighted normal matrix, F' P F + floor + E'E, inverted in float32 by way of its outputs, which are few.
+
+In the eigenvectors of E'E, the same for every input channel, most directions s of the input are known well, with
+variances C; the others, o, are open. Seen from the outputs, the known ones are noise of covariance S = P^-1 + F_s C
+F_s', and so
+
+    (1/C_o + F_o' S^-1 F_o) a_o = r_o - F_o' S^-1 F_s C r_s,    a_s = C (r_s - F_s' S^-1 (F_s C r_s + F_o a_o))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attack.engine.chain import Link
+from attack.engine.layers import forward_matrix, pull_back, push
+from attack.engine.stripes import cholesky, lower_gram
+
+KNOWN = 1e-3
+"""A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
+say of an element. Float32 tells S from what it is made of down to some 1e-5 of that."""
+
+
+class ByOutputs:
+    """Multiplies by the matrix's inverse, near enough to precondition.
+
+    Args:
+        link: a linear or two-dimensional convolutional layer.
+        precision: P, of the outputs, flat.
+        rows: E of one input channel, shape (rows, elements of a channel); the same in each.
+        floor: what is added to the diagonal.
+
+    Raises: NoChain, where the matrix is not positive in float32.
+    """
+
+    def __init__(self, link: Link, precision: Tensor, rows: Tensor, floor: float) -> None:
+        self._link, self._channels = link, link.inputs // rows.shape[1]
+        self._weight = next(link.module.parameters()).float()
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        values = values.clamp(min=0) + floor
+        says = precision.float().clamp(min=1e-12 * float(precision.max()) + torch.finfo(torch.float32).tiny)
+        typical = float(pull_back(link, says[None], self._weight.square()).mean())  # of the diagonal of F'PF
+        count = int((values < KNOWN * typical).sum())
+        self._open = vectors[:, :count].float()
+        self._covariance = (vectors[:, count:] / values[count:] @ vectors[:, count:].T).float()
+
+        forward = forward_matrix(link, torch.float32).view(link.outputs, self._channels, -1)
+        noise = push(link, (forward @ self._covariance).flatten(1), self._weight)
+        noise.diagonal().add_(1 / says)
+        factor = cholesky(noise, link)
+        self._whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        self._forward_open = (forward @ self._open).flatten(1)  # F_o
+        matrix = lower_gram((self._whitening @ self._forward_open).T)
+        matrix.diagonal().add_(values[:count].float().repeat(self._channels))
+        self._factor = cholesky(matrix, link)
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Shape (vectors, inputs) -> the same."""
+        r = right.float().view(len(right), self._channels, -1)
+        explained = self._weigh(push(self._link, (r @ self._covariance).flatten(1), self._weight))
+        free = (r @ self._open).flatten(1) - explained @ self._forward_open
+        free = torch.cholesky_solve(free.T, self._factor).T
+        explained = explained + self._weigh(free @ self._forward_open.T)
+        left = r - pull_back(self._link, explained, self._weight).view_as(r)
+        known = left @ self._covariance + free.view(len(r), self._channels, -1) @ self._open.T
+        return known.flatten(1).to(right)
+
+    def _weigh(self, outputs: Tensor) -> Tensor:
+        return outputs @ self._whitening.T @ self._whitening

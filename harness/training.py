@@ -66,7 +66,7 @@ class Trainer:
             self.rule = load_optimizer(config.optimizer, self.model.parameters())
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.defense = load_defense(config.defense)
+        self.defense = load_defense(config.defense).fit(self.model)
         if self.defense.momentum and self.rule.momentum:
             raise ConfigError(
                 f"defense {config.defense!r} has momentum in place of the optimizer's, and {config.optimizer!r} too; "

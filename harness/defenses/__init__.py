@@ -13,6 +13,7 @@
 | `qsgd`           | whole levels of each bucket's norm                   | `qsgd`    |                    |
 | `ternary`        | -1, 0 or 1                                           | `ternary` |                    |
 | `sign`           | a bit an element                                     | `sign`    | residual           |
+| `powersgd`       | two thin matrices in place of a large one            | `powersgd` | residual, factor  |
 """
 
 from harness.defenses.base import Moment, Sizes, State

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.seeding import Draws
 from harness.wire.coded import Coded
@@ -57,6 +57,10 @@ def nothing_yet(sizes: Sizes) -> Tensor:
 
 class Link:
     """What the three kinds share."""
+
+    def fit(self, model: nn.Module) -> Self:
+        """The link for this model: some need the shapes of its parameters, or its layers. Comes before all else."""
+        return self
 
     def begin(self, sizes: Sizes) -> State:
         """What it remembers before the first step."""

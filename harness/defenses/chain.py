@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.defenses.base import Coder, ExampleStep, Link, Moment, Sizes, State, Step
 from harness.defenses.clip import Clip, ClipExamples
@@ -22,6 +22,7 @@ from harness.defenses.dp_sgd import DPSGD
 from harness.defenses.half import Short
 from harness.defenses.int8 import Int8
 from harness.defenses.noise import Gaussian, Laplace
+from harness.defenses.powersgd import PowerSGD
 from harness.defenses.prune import Prune
 from harness.defenses.qsgd import Qsgd
 from harness.defenses.sign import Sign
@@ -45,6 +46,7 @@ DEFENSES: dict[str, Callable[..., Link]] = {
     "qsgd": Qsgd,
     "ternary": Ternary,
     "sign": Sign,
+    "powersgd": PowerSGD,
 }
 """The first argument is what may stand without a name, unless it has a default."""
 
@@ -71,6 +73,10 @@ class Chain:
     def momentum(self) -> bool:
         """Whether it takes the part of the optimizer's momentum."""
         return any(isinstance(link, TopK) and link.momentum > 0 for link in self.links)
+
+    def fit(self, model: nn.Module) -> Chain:
+        """The chain for this model. Raises: ConfigError, where it has not what a link needs."""
+        return Chain(self.spec, tuple(link.fit(model) for link in self.links))
 
     def begin(self, sizes: Sizes) -> State:
         """What the chain remembers before the first step: the links' tensors, by `{place}.{name}`."""
@@ -124,7 +130,8 @@ def _link(spec: str, part: str) -> Link:
     name, _, rest = part.partition(":")
     if name not in DEFENSES:
         raise ConfigError(f"defense {spec!r}: {name!r} is not known; there are: {', '.join(DEFENSES)}")
-    wanted = inspect.signature(DEFENSES[name]).parameters
+    parameters = inspect.signature(DEFENSES[name]).parameters
+    wanted = {key: parameter for key, parameter in parameters.items() if not key.startswith("_")}
     form = f"{name}:" + ",".join(
         f"{key}={parameter.default}" if parameter.default is not parameter.empty else key.upper()
         for key, parameter in wanted.items()

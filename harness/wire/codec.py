@@ -6,6 +6,7 @@
 | `fp16`, `bf16` | 2 bytes                                        | `dense`  | rounding to a short float     |
 | `sparse`       | its place and a float32, or nothing            | `sparse` | pruning, top-k                |
 | `levels`       | 1, 2, 4 or 8 bits, and a unit for each segment | `levels` | int8, sign, ternary, QSGD     |
+| `lowrank`      | none: factors of matrices; of others float32   | `lowrank` | PowerSGD                     |
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from harness.wire import dense, levels, sparse
+from harness.wire import dense, levels, lowrank, sparse
 from harness.wire.coded import Decoded
 from harness.wire.message import WireError
 
@@ -26,6 +27,7 @@ READERS: dict[str, Read] = {
     "bf16": dense.read_bf16,
     "sparse": sparse.read,
     "levels": levels.read,
+    "lowrank": lowrank.read,
 }
 
 

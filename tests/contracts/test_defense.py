@@ -18,8 +18,8 @@ from harness.exchange.local import mean_of
 from tests.contracts.exchange_ranks import KINDS, Place, run_ranks
 
 WORLD, STEPS = 3, 3
-SHAPES = ((2, 3), (SMALL_CHUNK + 77,), (), (4, 0), (50,))
-"""More than one chunk."""
+SHAPES = ((2, 3), (SMALL_CHUNK - 3000,), (60, 70), (), (4, 0), (50,))
+"""More than one chunk; the matrix lies in two of them."""
 SIZES = tuple(math.prod(shape) for shape in SHAPES)
 ELEMENTS = sum(SIZES)
 SPECS = (
@@ -32,6 +32,7 @@ SPECS = (
     "qsgd:7",
     "ternary",
     "sign",
+    "powersgd:2",
 )
 
 
@@ -57,7 +58,7 @@ def sent_by(spec: str, rank: int) -> list[Tensor]:
 
 
 def protect(spec: str, rank: int):
-    chain = load_defense(spec)
+    chain = load_defense(spec).fit(Model(0))
     state = chain.begin(SIZES)
     for step in range(STEPS):
         gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(10 * step + rank))
@@ -132,6 +133,9 @@ def test_the_wire_carries_as_many_bytes_as_predicted(seen):
             segments = sum(-(-n // 512) for n in SIZES) if spec == "qsgd:7" else sum(n > 0 for n in SIZES)
             low = buckets[spec] * ELEMENTS / 8 + 8 * segments + 4 * chunks
             high = low + chunks * (8 + 1)  # a segment that is cut in two, and whole bytes
+        elif spec == "powersgd:2":  # 60 rows and 70 columns, which are said in each chunk
+            low = 4 * (ELEMENTS - 60 * 70 + 2 * (60 + 70)) + 4 * chunks + 16 * (len(SHAPES) - 1)
+            high = low + (chunks - 1) * (16 * 2 + 4 * 2 * (70 + 1))
         else:
             low = high = 4 * ELEMENTS
         for rank in ranks:

@@ -33,6 +33,7 @@ DEFENSES = (
     "topk-dgc:0.9",
     "clip-examples:0.1+noise-gaussian:1e-3+int8:rounding=stochastic",
     "dp-sgd:noise=1,clip=0.1+topk:0.5",
+    "powersgd:2",
 )
 
 

@@ -294,3 +294,68 @@ def test_long_vectors_are_coded_as_written_out(spec):
             unit = {"q": part.norm() / 7, "i": part.abs().max() / 127, "t": part.abs().max()}[spec[0]]
             reach = unit / 2 if spec == "int8" else unit
             assert ((said - part).abs() <= reach * (1 + 1e-5)).all()
+
+
+class Net(torch.nn.Module):
+    """A convolution, a vector, a matrix and one that is too small to be worth two factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((12, 3, 5, 5), (12,), (30, 40), (2, 3), ())
+        self.parts = torch.nn.ParameterList([torch.zeros(shape) for shape in shapes])
+
+
+NET_SIZES = (900, 12, 1200, 6, 1)
+
+
+def test_low_rank_and_residual_make_up_the_sum_of_the_gradients():
+    chain = load_defense("powersgd:2").fit(Net())
+    state, sent, total = chain.begin(NET_SIZES), torch.zeros(2119), torch.zeros(2119)
+    for step in range(10):
+        gradient = torch.randn(2119, generator=torch.Generator().manual_seed(step))
+        coded, state = chain(gradient, NET_SIZES, state, seed=0, rank=0, step=step)
+        product, sent, total = as_tensor(coded), sent + as_tensor(coded), total + gradient
+        assert torch.linalg.matrix_rank(product[:900].view(12, 75)) == 2
+        assert torch.linalg.matrix_rank(product[912:2112].view(30, 40)) == 2
+        for plain in (slice(900, 912), slice(2112, 2119)):
+            assert torch.equal(product[plain], gradient[plain])
+        assert torch.allclose(sent + state["0.residual"], total, atol=1e-4)
+
+
+def test_a_warm_start_comes_to_the_best_low_rank_and_a_low_rank_gradient_is_sent_whole():
+    drawn = torch.Generator().manual_seed(0)
+    low = torch.randn(30, 2, generator=drawn) @ torch.randn(2, 40, generator=drawn)
+    chain = load_defense("powersgd:2").fit(Net())
+
+    def errors(matrix: Tensor, steps: int) -> list[float]:
+        """Of the same gradient again and again, with nothing left from the step before but the start."""
+        state, found = chain.begin(NET_SIZES), []
+        for step in range(steps):
+            flat = torch.cat([torch.zeros(912), matrix.reshape(-1), torch.zeros(7)])
+            coded, state = chain(flat, NET_SIZES, state, seed=0, rank=0, step=step)
+            state["0.residual"].zero_()
+            found.append(float((as_tensor(coded) - flat).norm()))
+        return found
+
+    assert errors(low, 1)[0] < 1e-4
+    noisy = low + 0.1 * torch.randn(30, 40, generator=drawn)
+    u, s, v = torch.linalg.svd(noisy)
+    best = float((u[:, :2] * s[:2] @ v[:2] - noisy).norm())
+    first, *_, last = errors(noisy, 20)
+    assert first > last and last == pytest.approx(best, rel=1e-4)
+
+
+def test_low_rank_of_nothing_and_of_what_is_not_a_number():
+    chain = load_defense("powersgd:2").fit(Net())
+    state = chain.begin(NET_SIZES)
+    for _ in range(2):  # a start that has become zero is no end
+        coded, state = chain(torch.zeros(2119), NET_SIZES, state, seed=0, rank=0, step=0)
+        assert not as_tensor(coded).any()
+    coded, state = chain(torch.ones(2119), NET_SIZES, state, seed=0, rank=0, step=0)
+    assert torch.allclose(as_tensor(coded), torch.ones(2119), atol=1e-4)
+    with pytest.raises(DefenseError, match="not finite"):
+        chain(torch.full((2119,), torch.nan), NET_SIZES, state, seed=0, rank=0, step=0)
+    with pytest.raises(ConfigError, match="wanted a rank of 1 or more"):
+        load_defense("powersgd:0")
+    with pytest.raises(ConfigError, match="powersgd: a factor of 3000000 x 2 numbers"):
+        load_defense("powersgd:2").fit(torch.nn.Linear(3_000_000, 10, device="meta"))

@@ -13,6 +13,7 @@ from harness.wire.codec import READERS, decode
 from harness.wire.coded import Coded, Defended
 from harness.wire.dense import Dense, Half
 from harness.wire.levels import BITS, Levels
+from harness.wire.lowrank import Factors, LowRank
 from harness.wire.sparse import Sparse
 
 SIZE = 1000
@@ -42,12 +43,17 @@ def sparse(kept: int) -> Sparse:
     return Sparse(SIZE, places, draw(kept))
 
 
+def factors(rows: int, columns: int, rank: int) -> Factors:
+    return Factors(draw(rows * rank, 1).reshape(rows, rank), draw(columns * rank, 2).reshape(columns, rank))
+
+
 CODED: dict[str, Coded] = {
     "dense": Dense(draw()),
     "fp16": half("fp16", draw()),
     "bf16": half("bf16", draw()),
     **{f"sparse {kept}": sparse(kept) for kept in (0, 1, 40, 500, SIZE)},
     **{f"levels {bits}": levels(bits) for bits in BITS},
+    "lowrank": LowRank((draw(7), factors(30, 20, 2), draw(0), factors(3, 131, 1))),
     "defended": Defended(levels(4), "qsgd:7"),
 }
 
@@ -106,6 +112,17 @@ def test_elements_that_were_not_sent_are_not_limited():
     assert said.sent.sum() == 40 and np.isinf(said.error[~said.sent]).all() and not said.error[said.sent].any()
 
 
+@pytest.mark.parametrize("at, count", [(0, 1000), (7, 600), (8, 64), (17, 20), (600, 300)])
+def test_factors_say_the_rows_that_a_chunk_touches_and_all_columns(at, count):
+    _, _, payload = CODED["lowrank"].part(at, count)
+    rows = {index // 20 for index in range(600) if at <= index + 7 < at + count}
+    last = {index // 131 for index in range(393) if at <= index + 607 < at + count}
+    plain = sum(at <= index < at + count for index in range(7))
+    pieces = (plain > 0) + (len(rows) > 0) + (len(last) > 0)
+    numbers = plain + (len(rows) + 20) * 2 * (len(rows) > 0) + (len(last) + 131) * (len(last) > 0)
+    assert len(payload) == 4 + 16 * pieces + 4 * numbers
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_bytes_are_read_or_refused(data):
@@ -132,6 +149,10 @@ def test_any_bytes_are_read_or_refused(data):
         assert also is None or also.shape == (count,)
 
 
+def piece(*numbers: int) -> bytes:
+    return np.array([1, *numbers], "<u4").tobytes()
+
+
 @pytest.mark.parametrize(
     "codec, count, params, payload, text",
     [
@@ -144,6 +165,12 @@ def test_any_bytes_are_read_or_refused(data):
         ("levels", 3, {"bits": 8, "rounding": "up"}, bytes(7), "wanted"),
         ("levels", 3, {"bits": 8, "rounding": "sign"}, bytes(7), "wanted segments of 3 elements"),
         ("levels", 3, {"bits": 8, "rounding": "sign"}, b"\xff\xff\xff\xff", "bytes of payload, got 4"),
+        ("lowrank", 3, {}, b"\xff\xff\xff\xff", "wanted 4294967295 pieces, got 4 bytes"),
+        ("lowrank", 3, {}, piece(2, 0, 0, 0) + bytes(8), "wanted pieces of 3 elements"),
+        ("lowrank", 3, {}, piece(3, 0, 0, 0) + bytes(8), "wanted 3 x 1 numbers, got 2"),
+        ("lowrank", 3, {}, piece(3, 0, 0, 0) + bytes(16), "1 numbers more"),
+        ("lowrank", 3, {}, piece(3, 2, 2, 1) + bytes(16), "wanted a place below 2 columns"),
+        ("lowrank", 3, {}, piece(3, 0, 1 << 31, 1) + bytes(16), "wanted 2147483648 x 1 numbers, got 3"),
     ],
 )
 def test_what_no_sender_makes_is_refused_in_one_line(codec, count, params, payload, text):

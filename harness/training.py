@@ -143,8 +143,7 @@ class Trainer:
     def _step(self, exchange: Exchange, log: RunLog | None) -> Gradients:
         step, clock = self.steps_done, _Clock()
         batch = self._batch(step)
-        # Dropout and the like draw from the global generator: the same at this rank and step, resumed or not.
-        torch.manual_seed(derive(self.config.seed, "forward", self.rank, step))
+        self._seed_forward(step)
         gradients, exposed = self._gradient(batch, step)
         clock.lap("gradient")
         if log and self.config.truth:
@@ -171,12 +170,19 @@ class Trainer:
         self.steps_done += 1
         return gradients
 
+    def _seed_forward(self, step: int) -> None:
+        """Dropout and the like draw from the global generator: the same at this rank and step, resumed or not."""
+        torch.manual_seed(derive(self.config.seed, "forward", self.rank, step))
+
     def _gradient(self, batch: Batch, step: int) -> tuple[Gradients, Tensor]:
-        """The rank's own gradient, and what the defense makes of its examples' where it does."""
-        of_examples = self.defense.of_examples
+        """The rank's own gradient, and what the defense makes of its examples or of the batch where it does."""
+        of_examples, of_batch = self.defense.of_examples, self.defense.of_batch
         if of_examples is None:
             gradients = mean_gradient(self.model, self.loss, batch)
-            return gradients, gradients.flat
+            if of_batch is None:
+                return gradients, gradients.flat
+            self._seed_forward(step)  # a second pass, with the same draws
+            return gradients, of_batch(gradients.flat, self.model, batch)
         each = example_gradients(self.model, self.loss, batch)
         moment = Moment(seed=self.config.seed, rank=self.rank, step=step)
         return each.mean(), of_examples(each.examples, moment)

@@ -2,6 +2,7 @@
 
 | name             | what is sent                                         | file      | remembers          |
 | ---------------- | ---------------------------------------------------- | --------- | ------------------ |
+| `soteria`        | without what a layer's most telling inputs give      | `soteria` |                    |
 | `clip`           | at most so long                                      | `clip`    |                    |
 | `clip-examples`  | the mean of examples' gradients, each at most so long | `clip`    |                    |
 | `dp-sgd`         | the same with noise: differential privacy            | `dp_sgd`  |                    |

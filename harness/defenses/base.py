@@ -1,8 +1,9 @@
 """What a defense is: a pure step from a rank's gradient to what it sends in its place.
 
-Three kinds, and in a chain they come in this order, each optional:
+Four kinds, and in a chain they come in this order, each optional, and of the first two only one:
 
     ExampleStep   the gradients of the batch's examples -> one gradient     clipping of each example
+    BatchStep     a gradient, the model and the batch -> a gradient         pruning of a layer's features
     Step          a gradient -> a gradient                                  noise, clipping
     Coder         a gradient -> a coded vector (`harness.wire`)             pruning, rounding, signs
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.seeding import Draws
+from harness.types import Batch
 from harness.wire.coded import Coded
 
 State: TypeAlias = dict[str, Tensor]
@@ -56,7 +58,7 @@ def nothing_yet(sizes: Sizes) -> Tensor:
 
 
 class Link:
-    """What the three kinds share."""
+    """What the kinds share."""
 
     def fit(self, model: nn.Module) -> Self:
         """The link for this model: some need the shapes of its parameters, or its layers. Comes before all else."""
@@ -73,6 +75,17 @@ class ExampleStep(Link, abc.ABC):
     @abc.abstractmethod
     def __call__(self, examples: Tensor, moment: Moment) -> Tensor:
         """float32, shape (batch, parameters) -> float32, shape (parameters,): in place of their mean."""
+
+
+class BatchStep(Link, abc.ABC):
+    """Takes part first, as it looks at the batch itself."""
+
+    @abc.abstractmethod
+    def __call__(self, gradient: Tensor, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean gradient of the batch, float32, shape (parameters,), which is not changed -> one in its place.
+
+        What `model` remembers of batches is not changed; draws of its forward pass come from torch's global generator.
+        """
 
 
 class Step(Link, abc.ABC):

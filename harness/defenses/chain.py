@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.defenses.base import Coder, ExampleStep, Link, Moment, Sizes, State, Step
+from harness.defenses.base import BatchStep, Coder, ExampleStep, Link, Moment, Sizes, State, Step
 from harness.defenses.clip import Clip, ClipExamples
 from harness.defenses.dp_sgd import DPSGD
 from harness.defenses.half import Short
@@ -26,6 +26,7 @@ from harness.defenses.powersgd import PowerSGD
 from harness.defenses.prune import Prune
 from harness.defenses.qsgd import Qsgd
 from harness.defenses.sign import Sign
+from harness.defenses.soteria import Soteria
 from harness.defenses.ternary import Ternary
 from harness.defenses.topk import TopK
 from harness.errors import ConfigError
@@ -47,6 +48,7 @@ DEFENSES: dict[str, Callable[..., Link]] = {
     "ternary": Ternary,
     "sign": Sign,
     "powersgd": PowerSGD,
+    "soteria": Soteria,
 }
 """The first argument is what may stand without a name, unless it has a default."""
 
@@ -63,6 +65,12 @@ class Chain:
         """What takes the gradients of a batch's examples, where the chain begins so."""
         first = self.links[0] if self.links else None
         return first if isinstance(first, ExampleStep) else None
+
+    @property
+    def of_batch(self) -> BatchStep | None:
+        """What looks at the batch, where the chain begins so."""
+        first = self.links[0] if self.links else None
+        return first if isinstance(first, BatchStep) else None
 
     @property
     def private(self) -> DPSGD | None:
@@ -90,7 +98,7 @@ class Chain:
         """What is sent in place of a gradient, which is not changed, and what to remember. The state is handed over.
 
         Args:
-            gradient: float32, shape (parameters,), on any device; where `of_examples`, what that made of the examples.
+            gradient: float32, shape (parameters,), on any device; where `of_examples` or `of_batch`, what that made of them.
             sizes: elements of each parameter.
 
         Raises: DefenseError.
@@ -119,10 +127,9 @@ def load_defense(spec: str) -> Chain:
     for before, link in itertools.pairwise(links):
         if isinstance(before, Coder):
             raise ConfigError(f"defense {spec!r}: {parts[links.index(before)]} codes what is sent, so it comes last")
-        if isinstance(link, ExampleStep):
-            raise ConfigError(
-                f"defense {spec!r}: {parts[links.index(link)]} takes each example's gradient: put it first"
-            )
+        if isinstance(link, ExampleStep | BatchStep):
+            takes = "each example's gradient" if isinstance(link, ExampleStep) else "the batch itself"
+            raise ConfigError(f"defense {spec!r}: {parts[links.index(link)]} takes {takes}: put it first")
     return Chain(spec, tuple(links))
 
 

@@ -118,6 +118,43 @@ def test_the_gradients_of_examples_are_those_of_batches_of_one(model: str) -> No
     assert found.loss == pytest.approx(whole.loss, rel=1e-5) and found.correct == whole.correct
 
 
+def test_soteria_prunes_what_tells_most_of_the_batch() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 9), torch.nn.Sigmoid(), torch.nn.Linear(9, 4))
+    batch = Batch(inputs=torch.rand(3, 1, 3, 4), labels=torch.tensor([0, 3, 1]))
+    whole = mean_gradient(net, LOSSES["cross_entropy"], batch).flat
+    # Written out: one derivative of one feature of one example after the other.
+    scores = torch.zeros(9)
+    for example in batch.inputs:
+        inputs = example[None].requires_grad_()
+        features = net[:3](inputs)[0]
+        for at in range(9):
+            (slope,) = torch.autograd.grad(features[at], inputs, retain_graph=True)
+            scores[at] += features[at].abs().item() / slope.norm()
+    link = load_defense("soteria:0.4").fit(net).of_batch
+    assert link is not None
+    sent = link(whole, net, batch)
+    begin = 12 * 9 + 9
+    pruned = scores.topk(round(0.4 * 9)).indices
+    expected = whole.clone()
+    expected[begin : begin + 36].view(4, 9)[:, pruned] = 0
+    assert torch.equal(sent, expected) and not torch.equal(sent, whole)
+    assert torch.equal(load_defense("soteria:0").fit(net).of_batch(whole, net, batch), whole)
+    other = load_defense("soteria:0.5,layer=1").fit(net).of_batch(whole, net, batch)
+    assert torch.equal(other[108:], whole[108:]) and int((other[:108].view(9, 12) == 0).all(0).sum()) == 6
+
+
+def test_soteria_looks_without_leaving_a_trace(tmp_path: Path) -> None:
+    """A second pass neither moves batch norm nor draws other dropout: the model's own numbers are as without."""
+    config = dataclasses.replace(PLAIN, model="resnet:depth=10,width=4", steps=2, truth=True)
+    trained(dataclasses.replace(config, defense="soteria:0"), tmp_path / "looked")
+    trained(config, tmp_path / "plain")
+    for step in (0, 1):
+        name = f"truth/step{step}.rank0.safetensors"
+        looked, plain = (load_file(tmp_path / run / name) for run in ("looked", "plain"))
+        assert all(torch.equal(looked[key], plain[key]) for key in plain)
+
+
 def test_what_cannot_be_defended_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"layer .* normalizes by the batch"):
         trainer = Trainer(
@@ -132,6 +169,8 @@ def test_what_cannot_be_defended_is_one_line() -> None:
             rank=0,
             world_size=1,
         )
+    with pytest.raises(ConfigError, match="wanted a linear layer fc9; the model has: "):
+        Trainer(dataclasses.replace(PLAIN, defense="soteria:0.5,layer=fc9"), rank=0, world_size=1)
     with pytest.raises(ConfigError, match="'gauss' is not known"):
         Trainer(dataclasses.replace(PLAIN, defense="gauss"), rank=0, world_size=1)
 

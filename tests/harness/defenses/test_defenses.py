@@ -226,6 +226,7 @@ def test_what_is_not_a_number_has_no_level(spec):
         ("prune:0.9+clip:1.0", "prune:0.9 codes what is sent, so it comes last"),
         ("int8+fp16", "int8 codes what is sent, so it comes last"),
         ("clip:1.0+clip-examples:1.0", "clip-examples:1.0 takes each example's gradient: put it first"),
+        ("clip:1.0+soteria:0.5", "soteria:0.5 takes the batch itself: put it first"),
         ("clip:1.0+", "'' is not known"),
         ("dp-sgd:noise=1.0", "dp-sgd needs its clip; wanted dp-sgd:NOISE,CLIP,delta=1e-05"),
         ("dp-sgd:1.0,noise=2.0,clip=1", "'noise=2.0' is not an option of dp-sgd"),

@@ -98,7 +98,8 @@ class Chain:
         """What is sent in place of a gradient, which is not changed, and what to remember. The state is handed over.
 
         Args:
-            gradient: float32, shape (parameters,), on any device; where `of_examples` or `of_batch`, what that made of them.
+            gradient: float32, shape (parameters,), on any device; what `of_examples` or `of_batch` made, where there
+                is one.
             sizes: elements of each parameter.
 
         Raises: DefenseError.

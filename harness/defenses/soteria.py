@@ -51,10 +51,11 @@ class Soteria(BatchStep):
     def fit(self, model: nn.Module) -> Self:
         """Raises: ConfigError, where there is no such layer."""
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linear or self.layer not in ("", *linear):
+        wanted, at = str(self.layer), 0  # a number on the command line is the name of one in a Sequential
+        if not linear or wanted not in ("", *linear):
             there = ", ".join(linear) or "none"
-            raise ConfigError(f"soteria: wanted a linear layer {self.layer or 'to defend'}; the model has: {there}")
-        name, at = self.layer or linear[-1], 0
+            raise ConfigError(f"soteria: wanted a linear layer {wanted or 'to defend'}; the model has: {there}")
+        name = wanted or linear[-1]
         for parameter in model.parameters():
             if parameter is model.get_submodule(name).weight:
                 break
@@ -80,9 +81,8 @@ class Soteria(BatchStep):
             functional_call(model, state, (inputs,))
         (features,) = seen
         if features.ndim != 2:
-            raise ConfigError(
-                f"soteria: layer {self.layer} takes {features.ndim} dimensions, wanted batch and features"
-            )
+            shape = "x".join(map(str, features.shape))
+            raise ConfigError(f"soteria: layer {self.layer}: wanted an input of batch x features, got {shape}")
         norms = []
         for some in torch.eye(features.shape[1], device=features.device).split(_TOGETHER):
             directions = some[:, None].expand(-1, *features.shape)

@@ -11,12 +11,14 @@ from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.patterns import patterns
 from attack.algorithms.residual import residual
 from attack.algorithms.rgap import rgap
+from attack.algorithms.spear import spear
 from attack.algorithms.unmix import unmix
 
 METHODS: dict[str, Method] = {
     "auto": auto,
     "rgap": rgap,
     "unmix": unmix,
+    "spear": spear,
     "gauss-newton": gauss_newton,
     "patterns": patterns,
     "coarse": coarse,

@@ -1,12 +1,13 @@
 """The strongest method for what was observed: the closed form where the model is a chain, else a search.
 
-A batch size that was not told is read from the last layer's gradient, where that has a clear rank.
+A batch size that was not told is read from the gradient of the last layer or the first, where that has a clear rank.
 
 Goes on to the next method when one does not converge, and says why it took each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from torch import nn
@@ -20,11 +21,13 @@ from attack.algorithms.inverting_gradients import inverting_gradients
 from attack.algorithms.patterns import patterns
 from attack.algorithms.residual import residual as walk_residual
 from attack.algorithms.rgap import rgap
+from attack.algorithms.spear import count_at_first_layer, first_layer, spear
 from attack.algorithms.unmix import unmix
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
 from attack.engine.cut import count
 from attack.engine.features import NoFeatures, count_examples
+from attack.engine.peeling import NotApart
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected
 
@@ -54,7 +57,10 @@ def auto(target: Target, context: Context) -> Answer:
     elif examples == 1:
         plan.append(("unmix", unmix, "one example through fully connected layers: each solved on its own"))
     else:
-        plan.append(_batch(target, examples, f"{examples} examples{source}"))
+        what = f"{examples} examples{source}"
+        if _peelable(target):
+            plan.append(("spear", spear, f"{what}: taken apart at the first layer, where each has units that are off"))
+        plan.append(_batch(target, examples, what))
     if _kinked(target) and (examples == 1 or target.labels is not None):
         why = "the gradient has kinks, where a search from afar sticks: match its direction, with a prior"
         plan.append(("inverting-gradients", inverting_gradients, why))
@@ -104,6 +110,15 @@ def _connected(target: Target) -> bool:
     return True
 
 
+def _peelable(target: Target) -> bool:
+    """Whether the first layer is fully connected, with a ReLU on it."""
+    try:
+        first_layer(target)
+    except NoChain:
+        return False
+    return True
+
+
 def _batch(target: Target, examples: int, what: str) -> tuple[str, Method, str]:
     """What takes a batch apart: least squares alone where every layer is fully connected."""
     try:
@@ -120,11 +135,16 @@ def _batch(target: Target, examples: int, what: str) -> tuple[str, Method, str]:
 
 def _batch_size(target: Target) -> tuple[int, str]:
     """The batch size to go by, and where it is from if it is neither told nor a guess."""
-    if target.batch_size_assumed:
-        try:
-            examples = count_examples(target)
-        except NoFeatures:
-            return target.batch_size, ""
-        if examples > 1:
-            return examples, " by the rank of the last layer's gradient"
-    return target.batch_size, ""
+    if not target.batch_size_assumed:
+        return target.batch_size, ""
+    counts = {}
+    with contextlib.suppress(NoFeatures):
+        counts["last"] = count_examples(target)
+    with contextlib.suppress(NoChain, NotApart):
+        counts["first"] = count_at_first_layer(target)
+    # Neither has a higher rank than the batch has examples; but the last layer's is below the number of classes, and
+    # an example all of whose units are off is not in the first's.
+    layer = max(counts, key=lambda layer: counts[layer], default="")
+    if counts.get(layer, 1) == 1:
+        return target.batch_size, ""
+    return counts[layer], f" by the rank of the {layer} layer's gradient"

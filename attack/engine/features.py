@@ -34,11 +34,9 @@ from torch.nn import functional
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
 from attack.engine.labels import NoLabel, estimate_counts, last_layer_signal, likely_counts
+from attack.engine.rank import ABOVE_NOISE, Decomposed, decompose
 from attack.engine.target import Target
 
-ABOVE_NOISE = 4.0
-"""Singular values count from so many times the size of the noise's largest. On MLPs and LeNets those of a batch of 16
-start at a hundred times, and the first of the noise lies at a tenth."""
 STARTS = 60
 SCALES = (0.3, 1.0, 3.0, 6.0)
 """Scatter of the starts, in units of the first start's size: labels that repeat need the wide ones."""
@@ -88,15 +86,9 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Split:
+class _Split(Decomposed):
     """A = [db, dW] in its singular vectors, and the public layer in the same coordinates."""
 
-    left: Tensor
-    """U, shape (classes, batch)."""
-    right: Tensor
-    """V, shape (1 + features, batch)."""
-    core: Tensor
-    """Singular values, shape (batch,)."""
     misfit: float
     """Largest Frobenius norm of what solutions may leave of A V."""
     logits: Tensor
@@ -104,17 +96,13 @@ class _Split:
     solved: float
     """Squared residual from which on a system is solved."""
 
-    @property
-    def batch(self) -> int:
-        return len(self.core)
-
 
 def count_examples(target: Target) -> int:
     """The rank of the last layer's gradient above its noise: the batch size, where that is below the layer's own size.
 
     Raises: NoFeatures.
     """
-    return _split(target).batch
+    return _split(target).rank
 
 
 def read_features(target: Target, context: Context) -> Features:
@@ -123,15 +111,15 @@ def read_features(target: Target, context: Context) -> Features:
     Raises: NoFeatures: the layer is not fully known, the rank says nothing, or fewer solutions than examples came out.
     """
     split = _split(target)
-    if split.batch == 1:
+    if split.rank == 1:
         return _only_one(split)
     nonnegative = _nonnegative(target)
     at_once = _at_once(split, target, nonnegative, context)
     if at_once is not None:
         return at_once
-    if 2 * split.batch - 1 > target.classes:
+    if 2 * split.rank - 1 > target.classes:
         raise NoFeatures(
-            f"the last layer's gradient has rank {split.batch}, and no labels were found that explain it: one by one, "
+            f"the last layer's gradient has rank {split.rank}, and no labels were found that explain it: one by one, "
             f"{target.classes} classes tell {(target.classes + 1) // 2} examples apart at most"
         )
     found = _Solutions(split, nonnegative)
@@ -149,8 +137,8 @@ def read_features(target: Target, context: Context) -> Features:
             if misfit <= min(split.misfit, float(split.core[-1]) / 2):
                 return _features(split, refined, chosen)
     raise NoFeatures(
-        f"the last layer's gradient has the rank of {split.batch} examples, but of {found.count} solutions found no "
-        f"{split.batch} make it up with equal shares"
+        f"the last layer's gradient has the rank of {split.rank} examples, but of {found.count} solutions found no "
+        f"{split.rank} make it up with equal shares"
     )
 
 
@@ -161,17 +149,17 @@ def _at_once(split: _Split, target: Target, nonnegative: bool, context: Context)
     twice as many.
     """
     try:
-        estimate, mean = estimate_counts(target, split.batch)
+        estimate, mean = estimate_counts(target, split.rank)
     except NoLabel as error:
         raise NoFeatures(str(error)) from error
     center = torch.cat([torch.ones_like(mean[:1]), mean]) @ split.right
-    size = torch.linalg.vector_norm(center) / split.batch**0.5
-    for counts in likely_counts(estimate, split.batch, most=LIKELY):
+    size = torch.linalg.vector_norm(center) / split.rank**0.5
+    for counts in likely_counts(estimate, split.rank, most=LIKELY):
         labels = torch.arange(target.classes, device=target.device).repeat_interleave(counts)
         for scale in SCATTER:
             if not context.seconds_left:
                 raise NoFeatures("the deadline passed")
-            scatter = torch.randn(split.batch, split.batch, generator=context.generator, dtype=torch.float64)
+            scatter = torch.randn(split.rank, split.rank, generator=context.generator, dtype=torch.float64)
             start = center + scale * size * scatter.to(center)
             g, misfit = _refine(split, start / (start @ split.right[0])[:, None], labels)
             if misfit <= min(split.misfit, float(split.core[-1]) / 2):
@@ -204,7 +192,7 @@ def read_batch(target: Target, context: Context) -> Features:
 def reread_features(target: Target, before: Features) -> Features:
     """The features that a slightly moved gradient gives, found from those before. Raises: NoFeatures."""
     split = _split(target, batch=len(before.labels))
-    if split.batch == 1:
+    if split.rank == 1:
         return _only_one(split)
     ones = torch.ones_like(before.values[:, :1])
     starts = torch.cat([ones, before.values], 1) @ split.right
@@ -233,11 +221,9 @@ def _split(target: Target, batch: int | None = None) -> _Split:
     gradient, noise = _joined(target, target.gradient), _joined(target, target.noise)
     if not noise.isfinite().all():
         raise NoFeatures("the last layer's gradient is not known in full")
-    left, core, right = torch.linalg.svd(gradient, full_matrices=False)
-    # Size of a random matrix: about its largest row and its largest column together.
-    floor = float(torch.linalg.vector_norm(noise, dim=1).max() + torch.linalg.vector_norm(noise, dim=0).max())
+    parts = decompose(gradient, noise, rank=batch)
     if batch is None:
-        batch = int((core > ABOVE_NOISE * floor).sum())
+        batch = parts.rank
         if batch == 0:
             raise NoFeatures("the last layer's gradient is within its noise")
         if batch > 1 and batch >= target.classes:
@@ -245,12 +231,19 @@ def _split(target: Target, batch: int | None = None) -> _Split:
                 f"the last layer's gradient has rank {batch}, and with {target.classes} classes it is at most "
                 f"{target.classes - 1}: it was changed"
             )
-    left, core, right = left[:, :batch], core[:batch], right[:batch].T
     public = torch.cat([bias[:, None], weight], 1).detach()
-    solved = min(max(SOLVED, (floor / float(core[-1])) ** 2), SOLVED_AT_MOST)
+    solved = min(max(SOLVED, (parts.floor / float(parts.core[-1])) ** 2), SOLVED_AT_MOST)
     expected = float(noise.square().mean() * len(noise) * batch) ** 0.5
-    misfit = max(ABOVE_NOISE * expected, FIT * float(torch.linalg.vector_norm(core)))
-    return _Split(left=left, right=right, core=core, misfit=misfit, logits=public @ right, solved=solved)
+    misfit = max(ABOVE_NOISE * expected, FIT * float(torch.linalg.vector_norm(parts.core)))
+    return _Split(
+        left=parts.left,
+        core=parts.core,
+        right=parts.right,
+        floor=parts.floor,
+        misfit=misfit,
+        logits=public @ parts.right,
+        solved=solved,
+    )
 
 
 def _joined(target: Target, flat: Tensor) -> Tensor:
@@ -284,11 +277,11 @@ def _starts(split: _Split, label: int, unexplained: Tensor, context: Context) ->
     around the features that a label's own row of the gradient suggests: there, its examples outweigh all others."""
     row = split.left[label] * split.core
     center = row / (row @ split.right[0])
-    scatter = torch.randn(STARTS, split.batch, generator=context.generator, dtype=torch.float64).to(center)
+    scatter = torch.randn(STARTS, split.rank, generator=context.generator, dtype=torch.float64).to(center)
     scales = torch.tensor(SCALES).to(center).repeat(-(-STARTS // len(SCALES)))[:STARTS, None]
-    around = center + scatter * scales * torch.linalg.vector_norm(center) / split.batch**0.5
+    around = center + scatter * scales * torch.linalg.vector_norm(center) / split.rank**0.5
     around[0] = center
-    if 0 < len(unexplained) < split.batch:
+    if 0 < len(unexplained) < split.rank:
         half = STARTS // 2
         within = scatter[:half, : len(unexplained)] @ unexplained
         around[:half] = within / (within @ split.right[0])[:, None]
@@ -368,21 +361,21 @@ class _Solutions:
 
     def choices(self, context: Context) -> Iterator[tuple[Tensor, Tensor]]:
         """Choices of one solution an example, and their labels: as many of a label as its share in the gradient."""
-        if self.count < self._split.batch:
+        if self.count < self._split.rank:
             return
         g, labels = self._stacked()
         error = _error(self._split, g, labels)
         # S = sum of shares x U'e g', in the singular vectors' coordinates
         products = ((error @ self._split.left)[:, :, None] * g[:, None, :]).flatten(1)
         wanted = self._split.core.diag().flatten()
-        shares = torch.linalg.lstsq(products.T, wanted[:, None]).solution[:, 0] * self._split.batch
+        shares = torch.linalg.lstsq(products.T, wanted[:, None]).solution[:, 0] * self._split.rank
         totals = torch.zeros(len(self._split.left), dtype=shares.dtype, device=shares.device)
         totals.index_add_(0, labels, shares)
         counts = totals.round().long()
         there = torch.bincount(labels, minlength=len(counts))
         if bool(((totals - counts).abs() > SHARE).any() or (counts < 0).any() or (counts > there).any()):
             return
-        if int(counts.sum()) != self._split.batch:
+        if int(counts.sum()) != self._split.rank:
             return
         for _ in range(CHOICES if bool((there > counts).any()) else 1):
             order = torch.randperm(len(labels), generator=context.generator).to(labels.device)
@@ -392,7 +385,7 @@ class _Solutions:
 
 def _refine(split: _Split, g: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """All solutions together, by Levenberg-Marquardt, and the Frobenius norm of what of A V they leave."""
-    first, batch = split.right[0], split.batch
+    first, batch = split.right[0], split.rank
     particular = first / first.square().sum()
     free = torch.linalg.qr(first[:, None], mode="complete").Q[:, 1:]
     turn, wanted = split.logits @ free, split.left * split.core

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attack.engine.context import Context
-from attack.engine.features import ABOVE_NOISE, NoFeatures, read_features
+from attack.engine.features import NoFeatures, read_features
+from attack.engine.rank import ABOVE_NOISE, decompose
 from attack.engine.target import Target, element_noise
 from attack.inference.layer import Layer
 from attack.inference.scale import solve_scales
@@ -58,16 +59,14 @@ class Witness:
         narrow = next((error for name, error in NARROW.items() if (own.defense or "").startswith(name)), 0.0)
         self._flat, self._flat_noise = gradient, torch.hypot(noise, narrow * gradient.abs())
         self._gradient, self._noise = layer.matrix(gradient), layer.matrix(self._flat_noise)
-        left, core, right = torch.linalg.svd(self._gradient, full_matrices=False)
-        # Size of a random matrix: about its largest row and its largest column together.
-        floor = torch.linalg.vector_norm(self._noise, dim=1).max() + torch.linalg.vector_norm(self._noise, dim=0).max()
-        self.batch = int((core > ABOVE_NOISE * floor).sum())
+        parts = decompose(self._gradient, self._noise)
+        self.batch = parts.rank
         if self.batch == 0 or (self.batch > 1 and 2 * self.batch > layer.classes):
             raise Mute(
                 f"the last layer's gradient has rank {self.batch}: {layer.classes} classes tell 1 to "
                 f"{layer.classes // 2} examples apart"
             )
-        self._left, self._core, self._right = left[:, : self.batch], core[: self.batch], right[: self.batch].T
+        self._left, self._core, self._right = parts.left, parts.core, parts.right
         # Noise of A V, and of V itself in what is outside of its own span.
         self._noise_AV = (self._noise.square() @ self._right.square()).sqrt()
         self._noise_V = (self._noise.square().T @ self._left.square()).sqrt() / self._core

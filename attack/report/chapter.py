@@ -23,6 +23,7 @@ MAX_EXAMPLES = 16
 METHOD_NAMES = {
     "auto": "No method was started",
     "rgap": "R-GAP (Zhu & Blaschko 2021): solved in closed form, layer by layer",
+    "spear": "SPEAR: a batch taken apart at the first layer, by the units that are off for each example",
     "unmix": "Unmixing: a batch taken apart layer by layer, from the features that the last layer gives away",
     "gauss-newton": "Gauss-Newton: solved from the last layer down as far as that goes, then all pixels together",
     "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",

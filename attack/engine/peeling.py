@@ -41,8 +41,10 @@ SURPLUS = 3
 """Rows on which a direction vanishes beyond those that force it to."""
 DRAWS = 2048
 """Directions that are tried at once, ..."""
-MOST_DRAWS = 2_000_000
+MOST_DRAWS = 1_000_000
 """... and in all. Of a batch of 16 whose units are off for half of it, one in 2000 is an example's."""
+AMONG = 2.0, 3.0, 5.0, 1e6
+"""From the first so many times as many rows: those on for few examples are off for the one sought."""
 POOL = 256
 """Of the directions, those that vanish on the most rows are looked at."""
 VANISHING = 1e-4
@@ -74,6 +76,8 @@ class _Example:
     """[1, input] in the coordinates of `_Layer`, shape (batch,)."""
     q: Tensor
     """Its dual, shape (batch,): q g is 1, and 0 for all other examples' g. So rows @ q are its errors."""
+    row: int | None = None
+    """The row that it was."""
 
 
 @torch.no_grad()
@@ -128,7 +132,11 @@ class _Layer:
 
     def off(self, g: Tensor) -> Tensor:
         """Which units that have a gradient are surely off for inputs g, shape (examples, batch)."""
-        return (g @ self._public.T < -OPEN * self._room * torch.linalg.vector_norm(g, dim=1, keepdim=True)) & self._live
+        return (self.margin(g) < -OPEN) & self._live
+
+    def margin(self, g: Tensor) -> Tensor:
+        """Units' inputs, as part of the largest that they could be; shape (..., units) for g of shape (..., batch)."""
+        return g @ self._public.T / (self._room * torch.linalg.vector_norm(g, dim=-1, keepdim=True))
 
     def dual(self, g: Tensor, off: Tensor) -> Tensor | None:
         """q with q g = 1 and rows @ q zero where units are off; None where g, shape (batch,), is no example's.
@@ -148,23 +156,27 @@ class _Layer:
             return None
         return directions[-1] / scale
 
-    def examples(self, g: Tensor) -> list[_Example]:
-        """Those that are examples, of candidates of shape (candidates, batch)."""
+    def examples(self, g: Tensor, rows: Tensor | None = None) -> list[_Example]:
+        """Those that are examples, of candidates of shape (candidates, batch), which are these rows."""
         off = self.off(g)
         # All at once: of rows that should lack an example, the least mean square over directions.
         products = (self.rows[:, :, None] * self.rows[:, None, :]).flatten(1)
         squares = (off.to(products) @ products).view(len(g), self.batch, self.batch)
         least = torch.linalg.eigvalsh(squares)[:, 0] / off.sum(1).clamp(min=1)
         lacking = (least < (CLEAR * self.noise) ** 2).nonzero()[:, 0].tolist()
-        found = [(g[place], self.dual(g[place], off[place])) for place in lacking]
-        return [_Example(g=g, q=q) for g, q in found if q is not None]
+        examples = []
+        for place in lacking:
+            q = self.dual(g[place], off[place])
+            if q is not None:
+                examples.append(_Example(g=g[place], q=q, row=None if rows is None else int(rows[place])))
+        return examples
 
     def singles(self, rest: Tensor) -> list[_Example]:
         """Those that some unit is on for alone, of those that make up the rest of the rows; the clearest first."""
         bias = rest @ self.first
         order = bias.abs().argsort(descending=True)[:LOOKS]
         order = order[bias[order].abs() > CLEAR * self.noise]
-        return self.examples(rest[order] / bias[order, None])
+        return self.examples(rest[order] / bias[order, None], order)
 
     def polish(self, g: Tensor) -> Apart:
         """Inputs and errors of all examples, each one's dual found anew from all units that it says are off."""
@@ -184,20 +196,30 @@ class _Layer:
 def _duals(layer: _Layer, context: Context) -> Tensor:
     """Every example's dual q, as columns. Raises: NotApart, LinAlgError."""
     g, q = layer.rows.new_zeros(0, layer.batch), layer.rows.new_zeros(layer.batch, 0)
+    taken = torch.zeros_like(layer.rows[:, 0], dtype=torch.bool)  # rows that were taken for an example's
     while len(g) < layer.batch:
-        rest = layer.rows
         if len(g):
             # A unit on for one example, and a little for another: then g is off by some of the other's, and q is not.
             g = torch.linalg.solve(g @ q, g)
-            rest = rest - rest @ q @ g
+        errors = layer.rows @ q
+        rest = layer.rows - errors @ g
         fresh = _fresh(layer, layer.singles(rest), q)
         if not fresh:
-            fresh = _fresh(layer, _search(layer, rest, layer.batch - len(g), context), q)
+            sure = _confirmed(errors[~taken], g, rest[~taken])
+            rest = layer.rows - errors[:, sure] @ g[sure]
+            fresh = _search(layer, rest, q, sure, context)
         if not fresh:
             raise NotApart(f"of {layer.batch} examples {len(g)} were found, and nothing tells the others apart")
         g = torch.cat([g, torch.stack([example.g for example in fresh])])
         q = torch.cat([q, torch.stack([example.q for example in fresh], 1)], 1)
+        taken[[example.row for example in fresh if example.row is not None]] = True
     return q
+
+
+def _confirmed(errors: Tensor, g: Tensor, rest: Tensor) -> Tensor:
+    """Which examples' g leave nothing of some row that they have a part in; shape (examples,)."""
+    part = errors.abs() * torch.linalg.vector_norm(g, dim=1)
+    return (torch.linalg.vector_norm(rest, dim=1)[:, None] < VANISHING * part).any(0)
 
 
 def _fresh(layer: _Layer, examples: list[_Example], found: Tensor) -> list[_Example]:
@@ -217,35 +239,58 @@ def _sine(one: Tensor, other: Tensor) -> float:
     return float(torch.linalg.vector_norm(across) / torch.linalg.vector_norm(one))
 
 
-def _search(layer: _Layer, rest: Tensor, missing: int, context: Context) -> list[_Example]:
-    """Some examples of those that make up the rest of the rows, by SPEAR's search; or none."""
+def _search(layer: _Layer, rest: Tensor, found: Tensor, gone: Tensor, context: Context) -> list[_Example]:
+    """Some examples of those that make up the rest of the rows, by SPEAR's search; or none.
+
+    Args:
+        found: duals of examples, as columns.
+        gone: which of these are not in the rest any more.
+    """
+    rank = layer.batch - int(gone.sum())
     left, _, _ = torch.linalg.svd(rest, full_matrices=False)
-    left = left[:, :missing]
-    span = functional.normalize(left[torch.linalg.vector_norm(rest, dim=1) > CLEAR * layer.noise], dim=1)
-    best = span.new_zeros(0, missing)
-    if len(span) < missing - 1 + SURPLUS:
+    left = left[:, :rank]
+    span = functional.normalize(left[_fewest_first(layer, rest)], dim=1)
+    best = functional.normalize((layer.rows @ found[:, ~gone]).T @ left, dim=1)
+    if len(span) < rank - 1 + SURPLUS:
         return []
     for _ in range(0, MOST_DRAWS, DRAWS):
         if not context.seconds_left:
             break
-        directions = torch.cat([best, _draw(span, context)])
-        vanishing = ((span @ directions.T).abs() < VANISHING).sum(0)
-        order = vanishing.argsort(descending=True, stable=True)[:POOL]
-        order = order[vanishing[order] >= missing - 1 + SURPLUS]
-        before, best = best, _independent(directions[order])
-        if len(best) < missing or best.equal(before):
+        drawn = _draw(span, context)
+        drawn = drawn[~((drawn @ best.T).abs() > 1 - SAME**2).any(1)]
+        directions = torch.cat([best, drawn])
+        vanishing = (span @ directions.T).abs().T < VANISHING
+        counts = vanishing.sum(1)
+        order = counts.argsort(descending=True, stable=True)[:POOL]
+        order = order[counts[order] >= rank - 1 + SURPLUS]
+        before, best = best, _independent(span, directions[order], vanishing[order])
+        if len(best) < rank or best.equal(before):
             continue
         g = torch.linalg.lstsq(left @ best.T, rest).solution
-        found = layer.examples(g / (g @ layer.first)[:, None])
-        if found:
-            return found
+        fresh = _fresh(layer, layer.examples(g / (g @ layer.first)[:, None]), found)
+        if fresh:
+            return fresh
     return []
+
+
+def _fewest_first(layer: _Layer, rest: Tensor) -> Tensor:
+    """Rows above the noise; those that are likely to be on for few examples before the others.
+
+    Each row, scaled by its bias, is a mean of examples, with weights of either sign; the median over rows lies amid the
+    examples, and a unit that is far from on there is on for few of them.
+    """
+    bias = rest @ layer.first
+    rows = (bias.abs() > CLEAR * layer.noise).nonzero()[:, 0]
+    amid = (rest[rows] / bias[rows, None]).median(0).values
+    return rows[layer.margin(amid)[rows].argsort()]
 
 
 def _draw(span: Tensor, context: Context) -> Tensor:
     """Unit directions, shape (draws, rank), on each of which all but one of as many rows as that vanish."""
     rank = span.shape[1]
     keys = torch.rand(DRAWS, len(span), generator=context.generator).to(span.device)
+    for place, share in enumerate(AMONG):
+        keys[place :: len(AMONG), int(share * rank) :] -= 1
     rows = span[keys.topk(rank - 1, dim=1).indices]
     other = context.normal((DRAWS, 1, rank)).to(span)
     wanted = torch.zeros(DRAWS, rank, dtype=span.dtype, device=span.device)
@@ -254,14 +299,18 @@ def _draw(span: Tensor, context: Context) -> Tensor:
     return functional.normalize(directions[failed == 0], dim=1)
 
 
-def _independent(directions: Tensor) -> Tensor:
-    """Of unit directions, the first ones that are independent, shape (at most rank, rank)."""
+def _independent(span: Tensor, directions: Tensor, vanishing: Tensor) -> Tensor:
+    """Of unit directions the first ones that are independent, shape (at most rank, rank).
+
+    Args:
+        vanishing: on which rows each does. They must leave it alone: where they leave two, it is no one example's.
+    """
     chosen: list[int] = []
     basis = directions.new_zeros(0, directions.shape[1])
     for place, direction in enumerate(directions):
         across = direction - basis.T @ (basis @ direction)
         size = torch.linalg.vector_norm(across)
-        if size > NEW:
+        if size > NEW and (len(direction) == 1 or torch.linalg.svdvals(span[vanishing[place]])[-2] > NEW):
             basis = torch.cat([basis, across[None] / size])
             chosen.append(place)
     return directions[chosen]

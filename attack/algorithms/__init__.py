@@ -3,6 +3,7 @@
 from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.coarse import coarse
+from attack.algorithms.dager import dager
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.gradinversion import gradinversion
@@ -16,6 +17,7 @@ from attack.algorithms.unmix import unmix
 
 METHODS: dict[str, Method] = {
     "auto": auto,
+    "dager": dager,
     "rgap": rgap,
     "unmix": unmix,
     "spear": spear,
@@ -29,7 +31,7 @@ METHODS: dict[str, Method] = {
     "gradinversion": gradinversion,
 }
 
-TEXT_METHODS: frozenset[str] = frozenset()
-"""Those that serve models of tokens; the others are for pictures."""
+TEXT_METHODS = frozenset({"auto", "dager"})
+"""Those that serve models of tokens; all but `dager` are for pictures."""
 
 __all__ = ["METHODS", "TEXT_METHODS", "Answer", "Method", "Reconstruction", "Status"]

@@ -14,6 +14,7 @@ from torch import nn
 
 from attack.algorithms.base import Answer, Method
 from attack.algorithms.coarse import coarse
+from attack.algorithms.dager import dager
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.idlg import idlg
@@ -39,6 +40,9 @@ KINKED = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
 
 def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
+    if target.tokens is not None:
+        why = "text: tokens whose inputs are in the span of the first layer's gradient"
+        return dataclasses.replace(dager(target, context), method="dager", route=f"dager ({why})")
     plan: list[tuple[str, Method, str]] = []
     examples, source = _batch_size(target)
     if examples == 1 and _coarse(target):

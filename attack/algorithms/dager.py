@@ -1,0 +1,85 @@
+"""DAGER: sentences from the spans of a transformer's first gradients, exact, not searched by gradient matching.
+
+First, which tokens can stand where: those whose input to the first attention is in the span of the gradient of query,
+key and value. Then whole sentences, each proven by itself (`attack.engine.sentences`). Last the labels, by least
+squares (`attack.engine.token_labels`). The rank of the second span is the number of tokens that are to be found.
+
+The inputs of the first attention are sums of a word's and a position's embedding. As soon as sentences share words and
+positions, more pairs are in the span than there are in the batch; the second check settles which.
+
+Reference: Petrov, Dimitrov, Baader, Müller, Vechev 2024, NeurIPS, arXiv 2405.15586.
+Differs from the paper: `attack.engine.span` and `attack.engine.sentences` say where; and where the embeddings are
+trained, their gradient says first which tokens occur at all (`attack.engine.vocabulary`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from attack.algorithms.base import Answer
+from attack.engine.anatomy import Anatomy, NoTransformer, dissect
+from attack.engine.context import Context
+from attack.engine.labels import NoLabel
+from attack.engine.sentences import Assembler, Candidates
+from attack.engine.span import Span
+from attack.engine.target import Target
+from attack.engine.token_labels import padded, solve_labels
+from attack.engine.vocabulary import longest, words_of
+
+MOST = 4000
+"""Candidates, beyond which the first check has told too little: their scores would take gigabytes."""
+
+
+def dager(target: Target, context: Context) -> Answer:
+    """Sentences of the batch, in an order of its own."""
+    assert target.tokens is not None
+    try:
+        anatomy = dissect(target)
+    except NoTransformer as error:
+        return _nothing(target, str(error))
+    inputs, contexts = Span(anatomy.inputs), Span(anatomy.contexts)
+    bound = f"{contexts.rank} different tokens in their places are seen, {contexts.room - 1} could be told apart"
+    if inputs.full or contexts.full:
+        return _nothing(target, f"the batch has {inputs.room} tokens or more, as many as the model is wide")
+    tokens, places, vectors = _candidates(target, anatomy, inputs, context)
+    if not len(tokens) or len(tokens) > MOST:
+        return _nothing(target, f"{bound}; {len(tokens)} tokens at positions are in the span of the first layer")
+    candidates = Candidates.of(anatomy, tokens, places, vectors)
+    assembler = Assembler(candidates, contexts, context)
+    if anatomy.causal:
+        found = assembler.causal()
+    else:
+        found = list(assembler.encoded(contexts.rank))
+        if sum(map(len, found)) < contexts.rank:
+            return _nothing(target, f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven")
+    if not found:
+        return _nothing(target, f"{bound}; no sentence of these was proven")
+    sentences = [tokens[torch.tensor(sentence, device=tokens.device)] for sentence in found]
+    try:
+        sentences, labels = solve_labels(target, sentences, context.generator)
+    except NoLabel as error:
+        return _nothing(target, f"{bound}; {len(sentences)} sentences were proven, their labels not: {error}")
+    return Answer(inputs=padded(sentences, target.tokens.pad), labels=labels, batch_size_read=True)
+
+
+def _candidates(target: Target, anatomy: Anatomy, inputs: Span, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and positions whose input is in the span, int64, shape (n,), and these inputs."""
+    words = words_of(anatomy, context.generator)
+    if words is None:
+        assert target.tokens is not None
+        words = torch.arange(target.tokens.vocab, device=target.device)
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for place in range(longest(anatomy)):
+        vectors = anatomy.embed(words, torch.full_like(words, place))
+        there = inputs.has(vectors)
+        found.append((words[there], torch.full_like(words[there], place), vectors[there]))
+    tokens, places, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return tokens, places, vectors
+
+
+def _nothing(target: Target, reason: str) -> Answer:
+    dropped = max((module.p for module in target.model.modules() if isinstance(module, nn.Dropout)), default=0.0)
+    if dropped:
+        reason += f"; the job drops {dropped:.0%} of the activations, and then inputs are not those of tokens"
+    return Answer(inputs=None, labels=None, reason=reason)

@@ -1,0 +1,117 @@
+"""DAGER on gradients of small transformers: every token, every sentence, the labels; and what it says where it cannot
+be done."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attack.algorithms import Reconstruction, Status
+from attack.observation import Knowledge, Known, Observation
+from attack.reconstruct import reconstruct
+from harness.gradients import mean_gradient
+from harness.models import IGNORED, LOSSES, load_model
+from harness.types import Batch
+
+SHAPE = "vocab=300,hidden=96,depth=2,heads=4,length=24"
+MASK = 4
+
+
+def batch_of(lengths: list[int], loss: str, *, seed: int) -> Batch:
+    """Sentences of words that are as unevenly frequent as words are, each between a first and a last token."""
+    draw = torch.Generator().manual_seed(seed)
+    chances = 1 / torch.arange(10.0, 300)
+    rows = [
+        torch.tensor([1, *(10 + torch.multinomial(chances, length - 2, generator=draw)).tolist(), 2])
+        for length in lengths
+    ]
+    inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if loss == "cross_entropy":
+        return Batch(inputs=inputs, labels=torch.randint(5, (len(rows),), generator=draw))
+    if loss == "causal_lm":
+        return Batch(inputs=inputs, labels=torch.where(inputs == 0, IGNORED, inputs))
+    asked = torch.zeros_like(inputs, dtype=torch.bool)
+    asked[:, 2] = asked[0, 4] = True
+    return Batch(inputs=torch.where(asked, MASK, inputs), labels=torch.where(asked, inputs, IGNORED))
+
+
+def attacked(spec: str, loss: str, batch: Batch, *, seed: int, deadline_s: float = 60.0) -> Reconstruction:
+    torch.manual_seed(seed)
+    model = load_model(f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}")
+    gradient = mean_gradient(model, LOSSES[loss], batch).flat
+    seen = Observation(
+        rank=0,
+        step=0,
+        world_size=2,
+        exchange="zeromq",
+        gradient=gradient,
+        known=torch.full(gradient.shape, int(Known.RAW), dtype=torch.uint8),
+        weights=torch.cat([parameter.detach().flatten() for parameter in model.parameters()]),
+        shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
+    )
+    name = f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}"
+    knowledge = Knowledge(model=name, loss=loss, input_shape=(24,), tokens=model.tokens)
+    return reconstruct(seen, knowledge, deadline_s=deadline_s)
+
+
+def rows(inputs: Tensor, labels: Tensor) -> list[tuple[object, ...]]:
+    """Sentences with their labels, in an order of their own."""
+    together = []
+    for row, label in zip(inputs.tolist(), labels.tolist(), strict=True):
+        length = sum(token != 0 for token in row)
+        together.append((*row[:length], *(label[:length] if isinstance(label, list) else [label])))
+    return sorted(together)
+
+
+CASES = [
+    ("bert", "masked_lm", [12]),
+    ("bert:tied=false", "masked_lm", [12]),
+    ("bert:head=classify,classes=5", "cross_entropy", [15]),
+    ("gpt2", "causal_lm", [14]),
+    ("gpt2:tied=false", "causal_lm", [9, 14, 11]),
+    ("gpt2", "causal_lm", [9, 14, 11, 7]),
+    ("gpt2:head=classify,classes=5", "cross_entropy", [9, 14, 11, 14]),
+]
+
+
+@pytest.mark.parametrize(("spec", "loss", "lengths"), CASES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_token_comes_back(spec: str, loss: str, lengths: list[int], seed: int) -> None:
+    batch = batch_of(lengths, loss, seed=seed)
+    found = attacked(spec, loss, batch, seed=seed)
+    assert found.status is Status.CONVERGED, found.reason
+    assert found.inputs is not None and found.labels is not None and found.inputs.dtype == torch.int64
+    assert rows(found.inputs, found.labels) == rows(batch.inputs, batch.labels)
+    assert not found.batch_size_assumed
+
+
+def test_a_batch_as_long_as_the_model_is_wide_is_named_so() -> None:
+    found = attacked("gpt2", "causal_lm", batch_of([20] * 8, "causal_lm", seed=0), seed=0)
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None
+    assert "95 tokens or more, as many as the model is wide" in str(found.reason)
+
+
+def test_dropout_is_named() -> None:
+    found = attacked("bert:dropout=0.1", "masked_lm", batch_of([12], "masked_lm", seed=0), seed=0, deadline_s=3.0)
+    assert found.status is Status.NOT_CONVERGED and "drops 10%" in str(found.reason)
+
+
+def test_pictures_methods_do_not_take_text() -> None:
+    from attack.errors import AttackError
+
+    with pytest.raises(AttackError, match="for pictures; for text there are"):
+        model = load_model(f"gpt2:{SHAPE}")
+        size = sum(parameter.numel() for parameter in model.parameters())
+        seen = Observation(
+            rank=0,
+            step=0,
+            world_size=1,
+            exchange="zeromq",
+            gradient=torch.ones(size),
+            known=torch.ones(size, dtype=torch.uint8),
+            weights=torch.ones(size),
+            shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
+        )
+        knowledge = Knowledge(model=f"gpt2:{SHAPE}", loss="causal_lm", input_shape=(24,), tokens=model.tokens)
+        reconstruct(seen, knowledge, method="rgap")

@@ -20,6 +20,7 @@ from torch import Tensor
 from attack.algorithms import Reconstruction
 from attack.errors import AnswerError
 from attack.files import write_atomically
+from attack.observation import EVERYONE
 
 ANSWER, TENSORS, PICTURES = "attack.json", "reconstructions.safetensors", "pictures"
 HISTORY_POINTS = 100
@@ -32,8 +33,14 @@ SCALARS = (
 
 
 def victim_name(rank: int, step: int) -> str:
-    """`step3.rank1`: how a victim's tensors and pictures begin, in the answer and in the truth."""
-    return f"step{step}.rank{rank}"
+    """`step3.rank1`: how a victim's tensors and pictures begin, in the answer and in the truth. Of several ranks' mean,
+    `step3.mean`."""
+    return f"step{step}.mean" if rank == EVERYONE else f"step{step}.rank{rank}"
+
+
+def whose(rank: int) -> str:
+    """As a person reads it."""
+    return "the mean" if rank == EVERYONE else f"rank {rank}"
 
 
 def describe(found: Reconstruction) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def _victim(
     kept = {key: entry.get(key) for key in KEPT}
     if f"{name}.inputs" not in tensors:
         return kept | {"psnr_db": None, "mse": None, "ssim": None, "label_ok": None, "examples": None}
-    inputs, labels = read_truth(truth_folder, rank=entry["rank"], step=entry["step"])
+    inputs, labels = read_truth(
+        truth_folder, rank=entry["rank"], step=entry["step"], ranks=entry["observation"].get("ranks", ())
+    )
     try:
         found = score(tensors[f"{name}.inputs"], tensors[f"{name}.labels"], inputs, labels, input_range=input_range)
     except ValueError as error:

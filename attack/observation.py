@@ -16,6 +16,9 @@ from harness.models import Tokens
 Shapes = tuple[tuple[int, ...], ...]
 
 
+EVERYONE = -1
+"""`Observation.rank` where no rank alone was seen, but the mean of several."""
+
 BATCH_NORM_MODES = ("train", "eval")
 """Batch norm normalizes by the batch, or by running statistics."""
 
@@ -79,6 +82,8 @@ class Observation:
     """The same of the next step: those of rank 0 after its forward pass. None where one of the two was not seen."""
     shapes: Shapes
     """Shape of each parameter, in order."""
+    ranks: tuple[int, ...] = ()
+    """Of EVERYONE: the ranks whose mean it is, as secure aggregation shows it: the gradient of their joined batch."""
     factors: tuple[Factor, ...] = ()
     """What was sent in place of gradients; where these are not known but for that."""
     defense: str | None = None
@@ -125,6 +130,7 @@ class Observation:
         """What a report prints of it: plain numbers and texts."""
         return {
             "rank": self.rank,
+            **({"ranks": list(self.ranks)} if self.ranks else {}),
             "step": self.step,
             "world_size": self.world_size,
             "exchange": self.exchange,

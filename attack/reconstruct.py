@@ -107,7 +107,7 @@ def best_match(
 def _context(
     observation: Observation, *, seed: int, deadline_s: float, progress: Callable[[Progress], None]
 ) -> Context:
-    entropy = np.random.SeedSequence([seed, observation.rank, observation.step]).generate_state(1)[0]
+    entropy = np.random.SeedSequence([seed, observation.rank % (1 << 32), observation.step]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(entropy))
     return Context(generator=generator, deadline=time.monotonic() + deadline_s, progress=progress)
 

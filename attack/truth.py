@@ -10,6 +10,7 @@ Any script can write one; more in a file is passed over.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,14 @@ FOLDER = "truth"
 """In a run folder, where a job of this project leaves it."""
 
 
-def read_truth(folder: Path, *, rank: int, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs, float32, shape (batch, ...), and labels, int64, shape (batch,).
+def read_truth(folder: Path, *, rank: int, step: int, ranks: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Inputs, float32, shape (batch, ...), and labels, int64, shape (batch,): of a rank, or of several together.
 
     Raises: AnswerError: the file is missing or damaged, or one of the two is not in it.
     """
+    if ranks:
+        inputs, labels = zip(*(read_truth(folder, rank=one, step=step) for one in ranks), strict=True)
+        return torch.cat(inputs), torch.cat(labels)
     path = folder / f"{victim_name(rank, step)}.safetensors"
     hint = "name the folder where the job left its batches with --truth DIR"
     if not path.exists() and path.with_suffix(".npz").exists():

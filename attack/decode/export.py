@@ -2,6 +2,7 @@
 
     step{S}.rank{R}.gradient, .known, .bound (where there is one)
     step{S}.rank{R}.{p,q,sent}{PARAMETER}, .known, .bound (of what was sent in place of a gradient)
+    step{S}.mean.gradient, .known, .bound (where several ranks' mean is all that was seen)
     step{S}.weights, step{S}.buffers, step{S}.average (where known)
 
 Before that stands `group{NAME}.` where it is not the group of all ranks that exchanged them. All are float32, or
@@ -25,13 +26,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from attack.answer import victim_name
 from attack.decode.recording import Recording
 from attack.errors import DecodeError
 from attack.observation import Factor, Known, Observation, Shapes
 
 FORMAT = 1
 _KEY = re.compile(
-    r"(group.+\.)?step\d+\.(rank\d+\.(gradient|known|bound|(p|q|sent)\d+(\.known|\.bound)?)|weights|buffers|average)"
+    r"(group.+\.)?step\d+\.((rank\d+|mean)\.(gradient|known|bound|(p|q|sent)\d+(\.known|\.bound)?)|weights|buffers|average)"
 )
 
 
@@ -81,6 +83,7 @@ def write_observations(
                 "world_size": seen.world_size,
                 "exchange": seen.exchange,
                 "group": seen.group,
+                "ranks": list(seen.ranks),
                 "defense": seen.defense,
                 "factors": [{"parameter": factor.parameter, "name": factor.name} for factor in seen.factors],
             }
@@ -162,7 +165,7 @@ def _document(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> 
 def _names(group: str | None, step: int, rank: int) -> tuple[str, str]:
     """What the tensors of a rank at a step begin with, and those of all ranks."""
     within = "" if group is None else f"group{group}."
-    return f"{within}step{step}.rank{rank}", f"{within}step{step}"
+    return f"{within}{victim_name(rank, step)}", f"{within}step{step}"
 
 
 def _factor(file: Any, rank: str, entry: dict[str, Any]) -> Factor:
@@ -211,6 +214,7 @@ def _observation(
         weights=tensors["weights"],
         buffers=tensors["buffers"],
         shapes=shapes,
+        ranks=tuple(map(int, entry.get("ranks", ()))),
         factors=factors,
         defense=None if entry["defense"] is None else str(entry["defense"]),
     )

@@ -16,6 +16,7 @@ from attack.decode.assembly import Assembly, RankGradient
 from attack.decode.averages import Float32, average, difference, same
 from attack.decode.notes import Notes
 from attack.decode.vector import Mask, Piece, Place, Vector
+from attack.observation import Known
 
 
 class StepChunks:
@@ -25,10 +26,21 @@ class StepChunks:
         self.step = step
         self.gradients: dict[int, Vector] = {}
         """By rank."""
+        self.unit: float | None = None
+        """Of masked gradients: nothing is known of a rank's, and the average is within half of it."""
+        self.defense: str | None = None
+        """The chain that ends in masks."""
+        self.taken: set[tuple[int, ...]] = set()
+        """The ranks over which averages say that they were taken."""
         self.averages = Vector()
         """Each piece's tag is the rank that answered."""
         self.named: dict[Place, set[Flow]] = {}
         """The flows that named each place: what one rank sends, the answer to it and all other ranks' parts repeat."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Over which the average of masked gradients was taken; none where that is not certain."""
+        return next(iter(self.taken)) if len(self.taken) == 1 else ()
 
     @property
     def bytes(self) -> int:
@@ -45,6 +57,10 @@ class DecodedStep:
     """By rank: every rank of the run where its size is known, else those that were seen."""
     average: Float32 | None
     """The averaged gradient, where all of it is known."""
+    mean: RankGradient | None = None
+    """Where ranks sent masked gradients: all that was seen is their mean, as far as that was."""
+    ranks: tuple[int, ...] = ()
+    """Over which it was taken."""
 
 
 def prove(chunks: StepChunks, believed: set[Place], *, world_size: int | None, total: int, notes: Notes) -> DecodedStep:
@@ -65,11 +81,24 @@ def prove(chunks: StepChunks, believed: set[Place], *, world_size: int | None, t
     for answer in chunks.averages:
         if answer.place in believed:
             _fill_in_owner(answer, vectors, gradients)
+    average = mean.values if mean.known.all() else None
+    if chunks.unit is not None:
+        return DecodedStep(
+            step=chunks.step, gradients={}, average=average, mean=_mean(chunks, mean), ranks=chunks.ranks
+        )
     return DecodedStep(
         step=chunks.step,
         gradients={rank: assembly.gradient() for rank, assembly in gradients.items()},
-        average=mean.values if mean.known.all() else None,
+        average=average,
     )
+
+
+def _mean(chunks: StepChunks, mean: Assembly) -> RankGradient:
+    """Of masked gradients. It was rounded twice: each part to the fixed point, and the sum of these to float32."""
+    assert chunks.unit is not None
+    bound = np.abs(mean.values) * np.float32(2.0**-23) + np.float32(0.5 * chunks.unit * (1 + 2.0**-20))
+    known = np.where(mean.known == Known.UNKNOWN, Known.UNKNOWN, Known.DIFFERENCED).astype(np.uint8)
+    return RankGradient(values=mean.values.copy(), known=known, bound=bound, defense=chunks.defense)
 
 
 def _average(chunks: StepChunks, believed: set[Place], vectors: list[Vector], mean: Assembly, notes: Notes) -> Assembly:

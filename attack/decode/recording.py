@@ -140,6 +140,8 @@ class Desk:
                     "exact_fraction": seen.exact_fraction,
                     "weights_known": seen.weights is not None,
                 }
+                if seen.ranks:
+                    rank["ranks"] = list(seen.ranks)
                 if seen.group is not None:
                     rank["group"] = seen.group
                 if seen.factors:

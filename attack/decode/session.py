@@ -20,6 +20,7 @@ from attack.decode.notes import Notes
 from attack.decode.proof import DecodedStep, StepChunks, prove
 from attack.decode.vector import Origin, Place, Vector
 from harness.wire import Header, Kind, Layout, WireError
+from harness.wire.masked import read_words
 
 MAX_STEPS_IN_FLIGHT = 3
 """Ranks are at most one step apart. A tap's two directions may be read with more between them, so this many are kept
@@ -229,6 +230,8 @@ class Session:
             return why
         if header.step < self._next:
             return "too late: what is known of that step was given out"
+        if header.codec == "masked":
+            return self._add_masked(flow, message)
         try:
             piece = piece_of(flow, message, tag=header.rank if header.kind is Kind.AVERAGE else defense_of(header))
         except WireError as error:
@@ -237,8 +240,25 @@ class Session:
         step = self._steps.setdefault(header.step, StepChunks(header.step))
         step.named.setdefault(place_of(header), set()).add(flow)
         if header.kind is Kind.AVERAGE:
+            if isinstance(said := header.params.get("ranks"), str):
+                step.taken.add(tuple(int(rank) for rank in said.split(",") if rank.isdecimal()))
             return step.averages.add(piece)
         return step.gradients.setdefault(header.rank, Vector()).add(piece)
+
+    def _add_masked(self, flow: Flow, message: Message) -> str | None:
+        """Nothing is known of it but that it was there."""
+        header = message.header
+        try:
+            _, unit = read_words(header.count, header.params, message.payload)
+        except WireError as error:
+            return str(error)
+        self.total = header.total
+        step = self._steps.setdefault(header.step, StepChunks(header.step))
+        if step.unit not in (None, unit):
+            return f"masked words of unit {unit:g}, the others' is {step.unit:g}"
+        step.unit, step.defense = unit, defense_of(header)
+        step.named.setdefault(place_of(header), set()).add(flow)
+        return None
 
     def _believed(self, seen: StepChunks) -> set[Place]:
         """The places at which a step's chunks are believed to belong."""

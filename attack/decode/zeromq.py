@@ -22,7 +22,7 @@ from attack.decode.sealed import SealedTraffic
 from attack.decode.session import InitialState, Session
 from attack.decode.zmtp import ZmtpDecoder
 from attack.errors import DecodeError
-from attack.observation import Observation, Shapes
+from attack.observation import EVERYONE, Observation, Shapes
 from attack.shadow import Shadow
 
 CURVE_OVERHEAD_BYTES = 33
@@ -194,7 +194,16 @@ class ZeromqReader(ProtocolReader):
         if initial is not None and initial.step == step.step and initial.buffers is not None:
             buffers = torch.from_numpy(initial.buffers)
         average = None if step.average is None else torch.from_numpy(step.average)
-        for rank, seen in sorted(step.gradients.items()):
+        if step.mean is not None:
+            self.notes.add(
+                "gradients are masked (secure aggregation): of no rank's alone anything is known, but the mean"
+            )
+        if step.mean is not None and not step.ranks:
+            self.notes.add(
+                f"step {step.step}: not known over which ranks the masked gradients' mean was taken: left out"
+            )
+        everyone = [] if step.mean is None or not step.ranks else [(EVERYONE, step.mean)]
+        for rank, seen in [*everyone, *sorted(step.gradients.items())]:
             gradient = self._public.limit(rank, step.step, seen, self.shapes)
             yield Observation(
                 rank=rank,
@@ -208,6 +217,7 @@ class ZeromqReader(ProtocolReader):
                 weights=weights,
                 buffers=buffers,
                 shapes=self.shapes or ((gradient.values.size,),),
+                ranks=step.ranks,
                 defense=gradient.defense,
             )
         if self._shadow is not None:

@@ -194,6 +194,8 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
 
     model, batch_norm, statistics = _model(observation, knowledge)
+    if observation.ranks and knowledge.batch_size is not None:  # of several ranks the batches are one
+        knowledge = dataclasses.replace(knowledge, batch_size=len(observation.ranks) * knowledge.batch_size)
     batch_size, classes = _fit(model, knowledge)
     gradient = torch.where(known, observation.gradient, 0.0).double()
     bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attack.answer import ANSWER, TENSORS, read_json, read_tensors, victim_name
+from attack.answer import ANSWER, TENSORS, read_json, read_tensors, victim_name, whose
 from attack.evaluate import EVALUATION
 from attack.report.pictures import animation, still
 from attack.report.plot import Plot, plot
@@ -142,12 +142,14 @@ def _victim(
     examples: list[Example] = []
     scores = scored["examples"] or []
     if scores:
-        originals, _ = read_truth(truth_folder, rank=entry["rank"], step=entry["step"])
+        originals, _ = read_truth(
+            truth_folder, rank=entry["rank"], step=entry["step"], ranks=entry["observation"].get("ranks", ())
+        )
         for index, example in enumerate(scores[:MAX_EXAMPLES]):
             frames = tensors.get(f"{name}.frames")
             examples.append(
                 Example(
-                    caption=f"step {entry['step']}, rank {entry['rank']}"
+                    caption=f"step {entry['step']}, {whose(entry['rank'])}"
                     + (f", example {index + 1} of {len(scores)}" if len(scores) > 1 else ""),
                     original=still(originals[example["true_index"]], input_range),
                     found=still(tensors[f"{name}.inputs"][index], input_range),
@@ -160,7 +162,7 @@ def _victim(
                 )
             )
     return Victim(
-        caption=f"Step {entry['step']}, rank {entry['rank']}",
+        caption=f"Step {entry['step']}, {whose(entry['rank'])}",
         status=entry["status"],
         status_words=STATUS_WORDS.get(entry["status"], entry["status"]),
         method=METHOD_NAMES.get(entry["method"], entry["method"]),

@@ -25,6 +25,7 @@ from harness.defenses.noise import Gaussian, Laplace
 from harness.defenses.powersgd import PowerSGD
 from harness.defenses.prune import Prune
 from harness.defenses.qsgd import Qsgd
+from harness.defenses.secure import SecureAggregation
 from harness.defenses.sign import Sign
 from harness.defenses.soteria import Soteria
 from harness.defenses.ternary import Ternary
@@ -49,6 +50,7 @@ DEFENSES: dict[str, Callable[..., Link]] = {
     "sign": Sign,
     "powersgd": PowerSGD,
     "soteria": Soteria,
+    "secure-aggregation": SecureAggregation,
 }
 """The first argument is what may stand without a name, unless it has a default."""
 

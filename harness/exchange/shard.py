@@ -19,6 +19,7 @@ import numpy as np
 from harness.errors import PeerError
 from harness.exchange.chunks import WINDOW, Chunk, shard_chunks
 from harness.exchange.message import Message
+from harness.exchange.secure_server import SecureShard
 from harness.wire import SERVER_RANK, Header, Kind, Layout, WireError
 from harness.wire.codec import READERS
 
@@ -47,6 +48,8 @@ class Shard:
         self._rank, self._index, self._servers = rank, index, servers
         self._weights: dict[Chunk, None] | None = None
         """Chunks of the initial state that rank 0 still has to send; None before all have joined."""
+        self._secure: SecureShard | None = None
+        """Where gradients are masked; from the first key on."""
         self._open: dict[Chunk, ChunkSum] = {}
         """Chunks of this step that some rank has sent, and not all."""
         self._untouched: dict[Chunk, None] = {}
@@ -54,8 +57,18 @@ class Shard:
 
     @property
     def finished(self) -> bool:
-        """Whether every rank has said BYE."""
-        return len(self.gone) == len(self.ranks)
+        """Whether every rank has said BYE, or is not missed."""
+        return self.gone | self.missing == set(self.ranks)
+
+    @property
+    def missing(self) -> set[int]:
+        """Ranks that are out of the run, which goes on without them."""
+        return set() if self._secure is None else self._secure.missing
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether the run goes on without a rank that is lost: where gradients are masked, once all keys are known."""
+        return self._secure is not None and self._secure.agreed
 
     def receive(self, sender: int, message: Message) -> list[Outgoing]:
         """What to send now that `sender` (by its connection, whatever the header says) sent this message.
@@ -70,7 +83,11 @@ class Shard:
         if header.run != self.run:
             wanted = "a HELLO first" if self.run is None else f"run {self.run.hex()}"
             raise WireError(f"wanted {wanted}, got run {header.run.hex()}; another job uses this port?")
+        if sender in self.missing:
+            return [(sender, self._error(f"rank {sender} is out of the run: it was lost, or late"))]
         if header.kind is Kind.ERROR:
+            if self.tolerant:
+                return self.drop({sender})
             raise PeerError(f"rank {sender} gave up: {message.words()}")
         if header.kind is Kind.HELLO:
             return self._join(sender, message)
@@ -81,7 +98,11 @@ class Shard:
         if header.kind is Kind.WEIGHTS:
             return self._hand_on(sender, message)
         if header.kind is Kind.GRADIENT:
-            return self._add(sender, message)
+            return (self._add_masked if header.codec == "masked" else self._add)(sender, message)
+        if header.kind is Kind.KEY:
+            return self._swap_keys(sender, message)
+        if header.kind is Kind.RELEASE:
+            return self._take_seeds(sender, message)
         raise self._broken(sender, header, "a message of a rank")
 
     def waits_for(self) -> str | None:
@@ -90,15 +111,28 @@ class Shard:
             return f"HELLO from {name_ranks(set(self.ranks) - set(self.joined))}"
         if self._weights:
             return f"weights for {next(iter(self._weights))} from rank 0"
+        if late := self.late():
+            return f"masked gradient, or its seeds, from {name_ranks(late)}"
         for chunk, total in self._open.items():
             return f"gradient for {chunk} from {name_ranks(set(self.ranks) - total.given)}"
         return None
 
     def error(self, text: str) -> list[Outgoing]:
         """Tells every rank that has joined, and not left, that this server gives up."""
-        payload = text.encode()[:1000]
-        message = Message(self._header(Kind.ERROR, size=len(payload)), payload)
+        message = self._error(text)
         return [(rank, message) for rank in self.joined if rank not in self.gone]
+
+    def late(self) -> list[int]:
+        """Ranks without which the others may go on, and for whose masked vectors or seeds they wait."""
+        return self._secure.late() if self._secure is not None and self._secure.waiting else []
+
+    def drop(self, ranks: Iterable[int]) -> list[Outgoing]:
+        """Goes on without these ranks. Raises: PeerError where that cannot be."""
+        if self._secure is None or not self.tolerant:
+            raise PeerError(f"{name_ranks(ranks)} closed the connection without a BYE")
+        self._secure.drop(ranks)
+        told = [(rank, self._error(f"rank {rank} is out of the run: it was lost, or late")) for rank in ranks]
+        return [*told, *self._go_on()]
 
     def _join(self, sender: int, message: Message) -> list[Outgoing]:
         header = message.header
@@ -162,9 +196,72 @@ class Shard:
 
     def _leave(self, sender: int) -> list[Outgoing]:
         self.gone.add(sender)
+        if self.tolerant:
+            return self.drop({sender})
         if self.waits_for() is not None:
             raise PeerError(f"rank {sender} left while others waited for its part")
         return []
+
+    def _swap_keys(self, sender: int, message: Message) -> list[Outgoing]:
+        if self._servers != 1 or self._rank != SERVER_RANK:
+            raise PeerError("secure aggregation needs one server of its own, got several, or ranks that serve")
+        if self._secure is None:
+            chunks = self._chunks(self.joined[0].parameter_count)
+            self._secure = SecureShard(world_size=len(self.ranks), chunks=chunks)
+        keys = self._secure.add_key(sender, bytes(message.payload))
+        if keys is None:
+            return []
+        answer = Message(self._header(Kind.KEY, size=len(keys)), keys)
+        return [(rank, answer) for rank in self.ranks]
+
+    def _add_masked(self, sender: int, message: Message) -> list[Outgoing]:
+        header = message.header
+        if self._secure is None or not self.tolerant or self._weights or not self._fits(header, weights=False):
+            raise self._broken(sender, header, f"a masked chunk of step {self.step}, after all keys")
+        try:
+            self._secure.add(sender, message)
+        except WireError as error:
+            raise PeerError(f"rank {sender}: a gradient of step {self.step}: {error}") from error
+        return self._go_on()
+
+    def _take_seeds(self, sender: int, message: Message) -> list[Outgoing]:
+        if self._secure is None or message.header.step != self.step:
+            raise self._broken(sender, message.header, "nothing before its masked gradient")
+        try:
+            self._secure.release(sender, bytes(message.payload))
+        except WireError as error:
+            raise PeerError(f"rank {sender}: step {self.step}: {error}") from error
+        return self._go_on()
+
+    def _go_on(self) -> list[Outgoing]:
+        """With masked vectors: asks those that are present for their seeds, and answers when all have come."""
+        secure = self._secure
+        assert secure is not None
+        outgoing: list[Outgoing] = []
+        if present := secure.call():
+            payload = np.array(present, "<u4").tobytes()
+            call = Message(self._header(Kind.RELEASE, size=len(payload)), payload)
+            outgoing += [(rank, call) for rank in present]
+        if (answer := secure.finish()) is not None:
+            said = {"ranks": ",".join(map(str, answer.ranks))}
+            for chunk in self._chunks(answer.average.size):
+                values = answer.average[chunk.at : chunk.at + chunk.size]
+                header = self._header(
+                    Kind.AVERAGE,
+                    params=said,
+                    at=chunk.at,
+                    count=chunk.size,
+                    total=answer.average.size,
+                    size=values.nbytes,
+                )
+                message = Message(header, values)
+                outgoing += [(rank, message) for rank in self.ranks if rank not in self.missing | self.gone]
+            self.step += 1
+        return outgoing
+
+    def _error(self, text: str) -> Message:
+        payload = text.encode()[:1000]
+        return Message(self._header(Kind.ERROR, size=len(payload)), payload)
 
     def _chunks(self, total: int) -> list[Chunk]:
         return shard_chunks(total, index=self._index, servers=self._servers)
@@ -176,20 +273,13 @@ class Shard:
         agreed = (header.step, header.total, header.dtype)
         return agreed == (self.step, total, "float32") and header.codec in (("dense",) if weights else READERS)
 
-    def _header(self, kind: Kind, *, like: Header | None = None, size: int = 0) -> Header:
+    def _header(self, kind: Kind, *, like: Header | None = None, **fields: Any) -> Header:
+        """Of this step; `like` a chunk that it answers with float32."""
         assert self.run is not None  # nobody is spoken to before somebody has said HELLO
-        if like is None:
-            return Header(kind=kind, run=self.run, rank=self._rank, step=self.step, size=size)
-        return Header(
-            kind=kind,
-            run=self.run,
-            rank=self._rank,
-            step=like.step,
-            at=like.at,
-            count=like.count,
-            total=like.total,
-            size=4 * like.count,
-        )
+        if like is not None:
+            fields = {"at": like.at, "count": like.count, "total": like.total, "size": 4 * like.count}
+        step = self.step if like is None else like.step
+        return Header(kind=kind, run=self.run, rank=self._rank, step=step, **fields)
 
     def _broken(self, sender: int, header: Header, wanted: str) -> PeerError:
         chunk = f" for {Chunk(header.at, header.count)} of {header.total}" if header.count else ""

@@ -21,15 +21,17 @@ import torch
 import zmq
 from torch import Tensor, nn
 
+from harness.defenses.secure import Private, private_of
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic, as_coded, flat_state, layout_of, load_flat_state
 from harness.exchange.chunks import WINDOW, Chunk, Landing
 from harness.exchange.message import Message
 from harness.exchange.rendezvous import Meeting
+from harness.exchange.secure import KEY_BYTES, Member
 from harness.exchange.transport import Watch, keep_freed_memory, open_socket, receive, send, unpack
 from harness.exchange.zeromq_server import LAST_WORDS_S, ShardServer, identity
 from harness.wire import Header, Kind, WireError
-from harness.wire.coded import Coded
+from harness.wire.coded import Coded, Defended
 from harness.wire.dense import Dense
 
 NOTHING = Dense(np.empty(0, np.float32))
@@ -72,6 +74,9 @@ class ZeroMQExchange(Exchange):
         self._delivered: deque[Message] = deque()
         """What the own server said to its owner."""
         self._gradient: Coded = NOTHING
+        self._member: Member | None = None
+        """This rank in secure aggregation, from the first masked gradient on; and whether it has met the others."""
+        self._met = False
         self._result = np.empty(0, np.float32)
         self._landing = Landing(self._result, servers=len(self._endpoints))
         self._context, self._poller = zmq.Context(), zmq.Poller()
@@ -131,13 +136,17 @@ class ZeroMQExchange(Exchange):
         self._step, self._kind = step, Kind.AVERAGE
         # Nothing reads the caller's gradient once every average is here, as those were made of it; and nothing but
         # this copies into the result, so that both may be used again in the next step.
-        self._gradient = as_coded(gradient)
         self._landing = Landing(self._result, servers=len(self._endpoints))
+        private = private_of(gradient)
         with self._telling_peers():
+            self._gradient = as_coded(gradient) if private is None else self._masked(gradient, private)
             for _ in range(WINDOW):
                 for server in self._servers:
                     self._send_next(server)
-            self._run_until(lambda: self._landing.missing() is None)
+            while private is not None and self._send_next(0):
+                pass  # a masked vector is answered once all of it has come
+            # Of masked vectors, two deadlines may pass at the server before it goes on without a rank.
+            self._run_until(lambda: self._landing.missing() is None, deadlines=1 if private is None else 3)
         self._gradient = NOTHING  # the caller's memory is the caller's: not kept, nor freed later on
         average = torch.from_numpy(self._result)
         return average.to(gradient.device) if isinstance(gradient, Tensor) else average
@@ -157,6 +166,30 @@ class ZeroMQExchange(Exchange):
         for socket in self._sockets.values():
             socket.close(None if socket.linger == 0 else int(linger_s * 1000))
         self._context.destroy()
+
+    def _masked(self, gradient: Tensor | Coded, private: Private) -> Coded:
+        """What may be sent of a vector; at the first one, after all ranks' keys have come."""
+        if self._own is not None or len(self._endpoints) != 1:
+            raise ExchangeError(f"{self._where}: secure-aggregation needs one server of its own (lab: --num-servers 1)")
+        if self._member is None:
+            self._member = Member(run=self._run, rank=self.rank, world_size=self.world_size)
+            key = self._member.public_key
+            self._say(0, Message(self._header(Kind.KEY, size=len(key)), key))
+            self._run_until(lambda: self._met)
+        masked = self._member.mask(private, step=self._step)
+        return Defended(masked, gradient.defense) if isinstance(gradient, Defended) else masked
+
+    def _hear_secret(self, message: Message) -> None:
+        """Other ranks' keys, or a question for seeds."""
+        assert self._member is not None, "nobody asks before"
+        said = bytes(message.payload)
+        if message.header.kind is Kind.KEY:
+            self._member.meet([said[at : at + KEY_BYTES] for at in range(0, len(said), KEY_BYTES)])
+            self._met = True
+        else:
+            present = np.frombuffer(said, "<u4").tolist()
+            seeds = self._member.release(present, step=message.header.step)
+            self._say(0, Message(self._header(Kind.RELEASE, size=len(seeds)), seeds))
 
     def _connect(self, server: int, endpoint: str) -> None:
         socket = self._sockets[server] = open_socket(self._context, zmq.DEALER, deadline_s=self._deadline_s)
@@ -192,7 +225,7 @@ class ZeroMQExchange(Exchange):
         except PeerError as error:
             raise PeerError(f"{self._where}: {error}") from error
 
-    def _run_until(self, done: Callable[[], bool]) -> None:
+    def _run_until(self, done: Callable[[], bool], *, deadlines: int = 1) -> None:
         """Takes what arrives until `done`. Raises: DeadlineError after too long without a message of a peer."""
         last = time.monotonic()
         while True:
@@ -200,7 +233,7 @@ class ZeroMQExchange(Exchange):
                 last = time.monotonic()
             if done():
                 return
-            if (left := last + self._deadline_s - time.monotonic()) <= 0:
+            if (left := last + deadlines * self._deadline_s - time.monotonic()) <= 0:
                 raise DeadlineError(f"{self._where}: no {self._missing()}")
             self._poller.poll(int(left * 1000))
 
@@ -237,6 +270,9 @@ class ZeroMQExchange(Exchange):
         if header.kind is Kind.WELCOME:
             self._welcomed.add(server)
             return
+        if header.kind in (Kind.KEY, Kind.RELEASE) and self._member is not None:
+            self._hear_secret(message)
+            return
         chunk, got = Chunk(header.at, header.count), f"{header.kind} of step {header.step}"
         if (header.kind, header.step) != (self._kind, self._step) or header.codec != "dense":
             raise PeerError(f"{self._where}: {name}: wanted {self._kind} of this step, got {got}")
@@ -245,9 +281,11 @@ class ZeroMQExchange(Exchange):
         if header.kind is Kind.AVERAGE:
             self._send_next(server)
 
-    def _send_next(self, server: int) -> None:
+    def _send_next(self, server: int) -> bool:
+        """Whether there was still a chunk to be sent."""
         if (chunk := self._landing.next_to_send(server)) is not None:
             self._say(server, self._chunk(self._gradient, chunk))
+        return chunk is not None
 
     def _say(self, server: int, message: Message) -> None:
         if self._own is not None and server == self.rank:

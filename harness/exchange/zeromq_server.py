@@ -100,8 +100,8 @@ class ShardServer:
         for _ in range(BURST):
             if (frames := receive(self.socket)) is None:
                 # Only now, as what a rank said before it went may have been in the queue: its BYE, for one.
-                if lost := self._lost - self.shard.gone:
-                    raise PeerError(f"{name_ranks(lost)} closed the connection without a BYE")
+                while lost := self._lost - self.shard.gone - self.shard.missing:
+                    self._answer(self.shard.drop(lost), deliver)
                 break
             sender = frames[0].bytes
             try:
@@ -146,6 +146,11 @@ class ShardServer:
             if self.shard.finished:
                 return
             wanted, left = self.shard.waits_for(), last + self._deadline_s - time.monotonic()
+            if left <= 0 and (late := self.shard.late()):
+                logger.warning("%s, step %d: goes on without %s", self.endpoint, self.shard.step, name_ranks(late))
+                self._answer(self.shard.drop(late), None)
+                last = time.monotonic()
+                continue
             if wanted is not None and left <= 0:
                 raise DeadlineError(f"no {wanted} within {self._deadline_s:g} s; it is gone or slow")
             # Between steps nobody waits, for as long as they like; the end of a rank's connection still wakes this.
@@ -171,7 +176,9 @@ class ShardServer:
             send(self.socket, message, route=(identity(rank),))
             self.traffic.bytes_out += message.header.size
         except zmq.ZMQError as error:  # EHOSTUNREACH: nobody of that name is connected
-            if must_arrive:
+            if self.shard.tolerant:
+                self._lost.add(rank)
+            elif must_arrive:
                 raise PeerError(f"rank {rank} is gone: {error}") from None
 
     def _refuse(self, sender: bytes, error: WireError) -> None:

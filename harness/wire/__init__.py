@@ -17,6 +17,8 @@ Ranks are DEALER sockets, servers ROUTER sockets; the routing identity is the ra
     server -> rank r         AVERAGE   the same step, at, count: ranks' chunks added in rank order, divided by the ranks
     rank r -> every server   BYE
 
+Of masked gradients a server has a rank's all at once, and asks for seeds before it answers: `harness.exchange.secure`.
+
 Chunks may arrive in any order. The weights' vector is all parameters, then all floating-point buffers; a gradient's is
 the parameters alone, so the two have different totals and different shard borders. Either side may send ERROR and go.
 

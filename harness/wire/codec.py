@@ -7,6 +7,7 @@
 | `sparse`       | its place and a float32, or nothing            | `sparse` | pruning, top-k                |
 | `levels`       | 1, 2, 4 or 8 bits, and a unit for each segment | `levels` | int8, sign, ternary, QSGD     |
 | `lowrank`      | none: factors of matrices; of others float32   | `lowrank` | PowerSGD                     |
+| `masked`       | a u32 that says nothing without the others'    | `masked` | secure aggregation            |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from harness.wire import dense, levels, lowrank, sparse
+from harness.wire import dense, levels, lowrank, masked, sparse
 from harness.wire.coded import Decoded
 from harness.wire.message import WireError
 
@@ -28,6 +29,7 @@ READERS: dict[str, Read] = {
     "sparse": sparse.read,
     "levels": levels.read,
     "lowrank": lowrank.read,
+    "masked": masked.read,
 }
 
 

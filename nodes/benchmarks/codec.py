@@ -14,8 +14,10 @@ import torch
 from rich.progress import track
 
 from harness.defenses import Chain, Sizes, State, load_defense
+from harness.defenses.secure import private_of
 from harness.exchange.base import as_coded
 from harness.exchange.chunks import shard_chunks
+from harness.exchange.secure import Member
 from nodes.benchmarks.base import Benchmark
 from nodes.benchmarks.timing import Case
 from nodes.commands.base import Result
@@ -34,6 +36,7 @@ LIMITS = {
     "sign": 3.5,
     "ternary": 8.0,
     "noise-gaussian:1e-3": 9.0,
+    "secure-aggregation": 7.0,
 }
 """Memory copies that encoding may take, of a chain that has a limit."""
 WARM_UP = 2
@@ -96,17 +99,20 @@ class Codec(Benchmark):
 
 
 class Encoder:
-    """A chain of one rank, with what it remembers."""
+    """A chain of one of two ranks, with what it remembers."""
 
     def __init__(self, chain: Chain, sizes: Sizes) -> None:
         self._chain, self._sizes = chain, sizes
         self._state: State = chain.begin(sizes)
         self._chunks = shard_chunks(sum(sizes), index=0, servers=1)
+        self._member, other = (Member(run=bytes(8), rank=rank, world_size=2) for rank in range(2))
+        self._member.meet([self._member.public_key, other.public_key])
 
     def encode(self, gradient: torch.Tensor, step: int) -> int:
         """Payload bytes of the step's messages."""
         sent, self._state = self._chain(gradient, self._sizes, self._state, seed=0, rank=0, step=step)
-        coded = as_coded(sent)
+        private = private_of(sent)
+        coded = as_coded(sent) if private is None else self._member.mask(private, step=step)
         return sum(memoryview(coded.part(chunk.at, chunk.size).payload).nbytes for chunk in self._chunks)
 
 

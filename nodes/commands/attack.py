@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from attack.answer import whose
 from attack.buffers import complete_buffers
 from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
@@ -197,7 +198,7 @@ def listening() -> Iterator[Listener]:
         task = bar.add_task("attacking", total=None, now="")
 
         def listen(news: VictimProgress) -> None:
-            where = f"step {news.step} rank {news.rank}"
+            where = f"step {news.step} {whose(news.rank)}"
             bar.update(task, total=news.total, completed=news.done, now=f"{where}: {_now(news)}")
             if news.status is not None and not console.is_terminal:
                 console.print(f"{where}: {news.status}{', kept from before' if news.kept else ''}", markup=False)
@@ -240,10 +241,18 @@ def _steps(victim: dict[str, Any]) -> str:
 
 def _text(victims: list[dict[str, Any]], out: Path) -> str:
     rows = [
-        [_steps(v), v["rank"], v["status"], v["method"], v["seconds"], v["gradient_residual"], v["predicted_mse"]]
+        [
+            _steps(v),
+            whose(v["rank"]),
+            v["status"],
+            v["method"],
+            v["seconds"],
+            v["gradient_residual"],
+            v["predicted_mse"],
+        ]
         for v in victims
     ]
-    lines = [table(["step", "rank", "status", "method", "seconds", "residual", "predicted MSE"], rows)]
-    lines += [f"step {v['step']} rank {v['rank']}: {v['reason']}" for v in victims if v.get("reason")]
+    lines = [table(["step", "of", "status", "method", "seconds", "residual", "predicted MSE"], rows)]
+    lines += [f"step {v['step']} {whose(v['rank'])}: {v['reason']}" for v in victims if v.get("reason")]
     lines += sorted({v["batch_norm"] for v in victims if v.get("batch_norm")})
     return "\n".join([*lines, str(out)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from attack.answer import whose
 from attack.decode.recording import Recording
 from attack.evaluate import evaluate
 from attack.report import Chapter, write_report
@@ -47,7 +48,9 @@ def score(run: Path, *, title: str, truth: Path | None = None) -> tuple[dict[str
 
 def victims_table(victims: Sequence[dict[str, Any]], *, title: str | None = None) -> str:
     """One row a victim, and a line for each failure."""
-    rows = [[v["step"], v["rank"], v["status"], v["psnr_db"], v["mse"], v["ssim"], v["label_ok"]] for v in victims]
-    lines = [table(["step", "rank", "status", "PSNR dB", "MSE", "SSIM", "label right"], rows, title=title)]
-    lines += [f"step {v['step']} rank {v['rank']}: {v['reason']}" for v in victims if v["reason"]]
+    rows = [
+        [v["step"], whose(v["rank"]), v["status"], v["psnr_db"], v["mse"], v["ssim"], v["label_ok"]] for v in victims
+    ]
+    lines = [table(["step", "of", "status", "PSNR dB", "MSE", "SSIM", "label right"], rows, title=title)]
+    lines += [f"step {v['step']} {whose(v['rank'])}: {v['reason']}" for v in victims if v["reason"]]
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def _text(found: dict[str, Any]) -> str:
         for numbers in [[one["count"], one["messages"], one["bytes"]]]
     ]
     steps = [
-        [rank.get("group", ""), step["step"], rank["rank"], rank["complete"], f"{100 * rank['known_fraction']:.4g} %"]
+        [rank.get("group", ""), step["step"], _who(rank), rank["complete"], f"{100 * rank['known_fraction']:.4g} %"]
         for step in found["steps"]
         for rank in step["ranks"]
     ]
@@ -60,6 +60,10 @@ def _text(found: dict[str, Any]) -> str:
     parts += [describe_sealed(entry) for entry in found.get("sealed", []) if entry["messages"]]
     parts += [f"- {note}" for note in found.get("notes", [])]
     return "\n".join(parts)
+
+
+def _who(rank: dict[str, Any]) -> str:
+    return f"mean of {', '.join(map(str, rank['ranks']))}" if "ranks" in rank else str(rank["rank"])
 
 
 def describe_sealed(entry: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from attack.buffers import complete_buffers
-from attack.decode.recording import Recording
-from attack.observation import Known, Observation
+from attack.decode.export import read_observations, write_observations
+from attack.decode.recording import Desk, Recording
+from attack.evaluate import evaluate
+from attack.observation import EVERYONE, Known, Observation
 from harness.config import TrainConfig
+from nodes.cli import main
 from nodes.commands.lab import Lab
+from tests.attack.decode.gloo.loss import SEVERITIES, read_segments, reassembled
 
 pytestmark = pytest.mark.lab
 
@@ -130,3 +135,35 @@ def test_training_with_the_tap_and_without_it_is_the_same_to_the_bit(tmp_path: P
         losses.append(sorted((line["step"], line["rank"], line["loss"]) for line in lines))
         assert (run / "wire.pcapng").exists() == (tap == "all")
     assert len(losses[0]) == 12 and losses[0] == losses[1]
+
+
+def test_of_masked_gradients_the_mean_alone_is_known(tmp_path: Path) -> None:
+    options = {"model": "mlp:hidden=64", "data": "mnist", "steps": 2}
+    record(tmp_path / "run", workers=3, servers=1, defense="clip:1e9+secure-aggregation", **options)
+    run = tmp_path / "run"
+    seen = observed(run, optimizer="sgd:lr=0.1")
+    assert [(one.step, one.rank, one.ranks) for one in seen] == [(s, EVERYONE, (0, 1, 2)) for s in range(2)]
+    plain = {}
+    for one in seen:
+        sent = [load_file(run / "truth" / f"step{one.step}.rank{rank}.safetensors") for rank in range(3)]
+        mean = plain[one.step] = torch.stack([each["gradient"] for each in sent]).double().mean(dim=0)
+        assert one.complete and one.bound is not None and one.defense == "clip:1e9+secure-aggregation"
+        assert bool(((one.gradient - mean).abs() <= one.bound).all()) and float(one.bound.max()) < 1e-6
+        assert one.weights is not None and torch.equal(one.weights, sent[0]["weights"])
+    found = Recording(run / "wire.pcapng").inspect()
+    assert any("masked" in note for note in found["notes"]) and found["steps"][0]["ranks"][0]["ranks"] == [0, 1, 2]
+    counts = write_observations(seen, tmp_path / "seen.safetensors")
+    assert counts["complete"] == 2
+    for one, again in zip(seen, read_observations(tmp_path / "seen.safetensors"), strict=True):
+        assert (again.rank, again.ranks) == (one.rank, one.ranks) and torch.equal(again.gradient, one.gradient)
+    segments = read_segments(run / "wire.pcapng")
+    for severity in ("5 %", "20 % in bursts of 20", "one direction", "5 % and both ends cut off"):
+        for one in Desk(reassembled(SEVERITIES[severity](list(segments), random.Random(0)))).observations():
+            assert one.rank == EVERYONE and one.bound is not None
+            known = one.known == Known.DIFFERENCED
+            assert bool(((one.gradient - plain[one.step]).abs() <= one.bound)[known].all())
+    knowledge = ("--model", "mlp:hidden=64,input=1x28x28,classes=10", "--optimizer", "sgd:lr=0.1", "--batch-size", "1")
+    assert main(["attack", str(run / "wire.pcapng"), *knowledge, "--out", str(run / "attack")]) == 0
+    scores = evaluate(run)["victims"]
+    assert [len(score["examples"]) for score in scores] == [3, 3]  # the three ranks' batches, as one
+    assert all(score["status"] == "converged" and score["psnr_db"] > 60 for score in scores)

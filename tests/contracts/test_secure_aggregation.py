@@ -16,7 +16,7 @@ from harness.exchange.chunks import SMALL_CHUNK
 from tests.contracts.exchange_ranks import Place, run_ranks
 
 ELEMENTS = 3 * SMALL_CHUNK + 5
-STEPS, DEADLINE_S = 4, 1.5
+STEPS, DEADLINE_S = 4, 4.0
 
 
 class Model(nn.Module):
@@ -64,7 +64,7 @@ def train(place: Place, dies: dict[int, int], hangs: dict[int, int]) -> tuple[li
 )
 def test_the_mean_is_that_of_the_ranks_that_are_there(world, dies, hangs, present) -> None:
     ranks, servers = run_ranks("zeromq 1 server", world, train, dies, hangs, deadline_s=DEADLINE_S)
-    assert servers == [""]
+    assert servers == [""], servers
     averages, seconds = ranks[0]
     unit = 2.0 ** np.ceil(np.log2(64 * world / (2**31 - 1 - world)))
     for step, there in enumerate(present):

@@ -14,6 +14,7 @@ large logits little of all: 1 - p is left with few digits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,7 @@ from attack.algorithms.base import Answer
 from attack.engine.chain import Link, NoChain, trace
 from attack.engine.context import Context
 from attack.engine.cut import count, descend, equations_by_kind
-from attack.engine.direct import MAX_UNKNOWNS, Direct, Parts
+from attack.engine.direct import MAX_UNKNOWNS, Direct, Parts, gram
 from attack.engine.features import Features, NoFeatures, read_batch, reread_features
 from attack.engine.gauss_newton import Settings, minimize, spread
 from attack.engine.prior import Prior
@@ -59,7 +60,7 @@ def joint(
     def rows(x: Tensor) -> Tensor:
         return torch.cat([part.flatten() for parts in seen for part in parts(x)])
 
-    direct = Direct(seen)
+    direct = Direct(functools.partial(gram, seen))
     near = minimize(rows, inputs, prior, context, NEAR, direct=direct, watch=watch)
     solution = minimize(rows, near.inputs, prior, context, SETTLED, direct=direct, watch=watch)
     if not all(one.explained_by(solution.inputs, labels) for one in targets):

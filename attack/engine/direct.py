@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attack.engine.context import Context
 from attack.engine.linearized import Operator, conjugate_gradients
@@ -26,6 +27,8 @@ MAX_UNKNOWNS = 12288
 """Four pictures of 3 x 32 x 32: J'J of 1.2 GB, twice, and a factor in 20 to 30 s of CPU time."""
 ITERATIONS = 40
 """Of conjugate gradients, with a factor: where these do not do, a new one is cheaper."""
+ANCHORED = 25
+"""The same where the step after may do better."""
 LEAST_DAMPING = 1e-13
 """Of a system that has no factor in float64, relative to its diagonal."""
 CHUNK = 128
@@ -33,10 +36,14 @@ CHUNK = 128
 
 
 class Direct:
-    """Solves (J'J / s + P) step = right, at places near each other."""
+    """Solves (J'J / s + P) step = right, at places near each other.
 
-    def __init__(self, parts: list[Parts]) -> None:
-        self._parts = parts
+    Args:
+        assemble: J'J at a batch of inputs, shape (elements, elements); costly.
+    """
+
+    def __init__(self, assemble: Callable[[Tensor], Tensor]) -> None:
+        self._assemble = assemble
         self._gram: Tensor | None = None
         self._factor: Tensor | None = None
 
@@ -73,7 +80,7 @@ class Direct:
             step, solved = attempt()
         if not solved and context.seconds_left:
             self._gram = None  # one of these is enough in memory
-            self._gram = gram(self._parts, place)
+            self._gram = self._assemble(place)
             self._refactor(place, quadratic, inflation)
             step, solved = attempt()
         return step, solved
@@ -94,6 +101,39 @@ class Direct:
     def _precondition(self, r: Tensor) -> Tensor:
         assert self._factor is not None
         return torch.cholesky_solve(r.reshape(-1, 1), self._factor).view_as(r)
+
+
+class Anchored(Direct):
+    """The same where each step has a prior and an s of its own: J'J is kept, its factor is not.
+
+    Conjugate gradients make up for what J has changed, as far as they come; where they do not arrive, J'J is written
+    out anew for the next step.
+    """
+
+    def __init__(self, assemble: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(assemble)
+        self._arrived = False
+
+    def solve(
+        self,
+        multiply: Operator,
+        right: Tensor,
+        place: Tensor,
+        quadratic: Quadratic,
+        inflation: float,
+        context: Context,
+        *,
+        goal: float,
+    ) -> tuple[Tensor, bool]:
+        """See `Direct`."""
+        if not self._arrived:
+            self._gram = None  # one of these is enough in memory
+            self._gram = self._assemble(place)
+        self._refactor(place, quadratic, inflation)
+        step, self._arrived = conjugate_gradients(
+            multiply, right, context, goal=goal, iterations=ANCHORED, precondition=self._precondition
+        )
+        return step, self._arrived
 
 
 def gram(parts: list[Parts], place: Tensor) -> Tensor:
@@ -131,6 +171,11 @@ def _back(value: Tensor, x: Tensor, rows: Tensor) -> Tensor:
 def add_precision(system: Tensor, place: Tensor, quadratic: Quadratic) -> None:
     """Adds P, one block an example."""
     batch, size = len(place), place[0].numel()
+    if batch == 1:
+        for rows in torch.arange(size, device=place.device).split(CHUNK):
+            ones = functional.one_hot(rows, size).to(place).view(-1, *place.shape[1:])
+            system[rows] += quadratic.multiply(ones).flatten(1)
+        return
     blocks = system.view(batch, size, batch, size)
     one = torch.zeros_like(place[0]).flatten()
     for element in range(size):

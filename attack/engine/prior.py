@@ -38,7 +38,7 @@ class Quadratic(Protocol):
         """Its derivative at the place where it touches."""
 
     def multiply(self, v: Tensor) -> Tensor:
-        """Its second derivative times v: the precision of the prior."""
+        """Its second derivative times v: the precision of the prior. Of a batch of one, v may be a stack of several."""
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A draw from a normal distribution whose covariance is the second derivative."""

@@ -15,6 +15,7 @@ BENCHMARKS = {
     "batches": "Batches",
     "patterns": "Patterns",
     "codec": "Codec",
+    "step": "Step",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
@@ -22,7 +23,7 @@ BENCHMARKS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
     """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches, patterns,
-    codec.
+    codec, step.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -1,11 +1,11 @@
 """Nets of two blocks of convolution, ReLU and max pooling, batch of one, exactly: the pooling patterns are found.
 
 The last layer gives the pooled features and their error; which positions passed the poolings is searched for
-(`attack.engine.patterns`), from a short run of Inverting Gradients on. With the patterns known all is linear, and more
-is known than wanted: the gradient of the upper convolution then has no misfit but rounding, and so proves the pattern.
+(`attack.engine.patterns`), from a rough picture on (`attack.engine.rough`). With the patterns known all is linear, and
+more is known than wanted: the gradient of the upper convolution then has no misfit but rounding, and so proves the
+pattern.
 
-Ours; the first stage is Geiping et al., NeurIPS 2020, arXiv 2003.14053; that patterns make the rest linear is used by
-Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
+Ours; that patterns make the rest linear is used by Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
 """
 
 from __future__ import annotations
@@ -16,27 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from attack.algorithms.base import Answer
-from attack.algorithms.inverting_gradients import RATE, misdirection
 from attack.algorithms.rgap import check_rank_one, rgap
 from attack.engine.chain import NoChain
 from attack.engine.context import Context, Progress
-from attack.engine.descent import descend
 from attack.engine.film import Film
 from attack.engine.labels import NoLabel, read_label
-from attack.engine.match import Match
 from attack.engine.patterns import Patterns
 from attack.engine.picture import Picture
 from attack.engine.pooling import read
-from attack.engine.priors import total_variation
+from attack.engine.rough import rough_picture
 from attack.engine.target import Target
 
-STARTS, START_ITERATIONS = 5, 1000
-"""After 1000, the first annealing's picture is 2 to 4 dB better than after 300, and fewer annealings are needed than
-the start costs more."""
-VARIATION = 1e-2
+STARTS = 5
 ROUNDS, PATIENCE = 10, 2
 """Annealings from one start; and of these, as many in a row as need not halve how far the features are from proven.
 Most pictures take 2 to 4 annealings; a start that is stuck stays so."""
+PICTURES = 3
+"""Starts that come to exact features, and to no picture behind them, after which another is not tried."""
 AFAR = 1e-2
 """How far from the answer it is solved for again, in units of the input range."""
 PROVEN = 10.0
@@ -54,11 +50,11 @@ def patterns(target: Target, context: Context) -> Answer:
     except (NoLabel, NoChain) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
     film, rounds, restart = Film(), 0, 0
-    best, least = None, float("inf")
+    best, least, proven = None, float("inf"), 0
     for restart in range(STARTS):
-        if restart and not context.seconds_left:
+        if restart and (not context.seconds_left or proven == PICTURES):
             break
-        state = Patterns(net, _start(target, label, context), target.input_range, context)
+        state = Patterns(net, rough_picture(net, target.input_range, context), target.input_range, context)
         nearest, idle = float("inf"), 0
         for _ in range(ROUNDS):
             if not context.seconds_left or idle == PATIENCE:
@@ -85,25 +81,9 @@ def patterns(target: Target, context: Context) -> Answer:
                     restarts=restart,
                 )
             if off <= PROVEN:  # exact features, and no picture to them: other annealings come to the same features
-                idle = PATIENCE
+                proven, idle = proven + 1, PATIENCE
     reason = f"{rounds} annealings did not settle the patterns" if context.seconds_left else "the deadline passed"
     return Answer(inputs=best, labels=label, film=film, evaluations=rounds, restarts=restart, reason=reason)
-
-
-def _start(target: Target, label: Tensor, context: Context) -> Tensor:
-    """A short run of Inverting Gradients, float64, shape (channels, height, width)."""
-    low, high = box = target.input_range
-    match = Match(target, torch.float32)
-
-    def cost(inputs: Tensor) -> Tensor:
-        return misdirection(match, inputs, label) + VARIATION / (high - low) * total_variation(inputs)
-
-    draws = torch.randn((1, 1, *target.input_shape), generator=context.generator, dtype=torch.float64)
-    found = draws.to(match.observed) * (high - low) + low
-    rate = RATE * (high - low)
-    for _, variables, _ in descend(found, cost, context, iterations=START_ITERATIONS, rate=rate, box=box):
-        found = variables.detach()
-    return found[0, 0].double()
 
 
 def _settled(target: Target, state: Patterns, label: Tensor, context: Context) -> tuple[Tensor, float]:
@@ -114,10 +94,14 @@ def _settled(target: Target, state: Patterns, label: Tensor, context: Context) -
     if off > PROVEN:
         state.between, state.likely = before
         return state.inputs[None], off
-    picture = Picture(state.net.lower, state.between, target.input_range, context)
-    state.inputs = picture.search(state.inputs)
-    polished = picture.polish(state.inputs, state.inputs)[None]
-    return polished if target.residual(polished, label) <= target.tolerance else state.inputs[None], off
+    picture = _picture(state, target.input_range, context)
+
+    def explains(inputs: Tensor) -> bool:
+        return target.residual(inputs[None], label) <= target.tolerance
+
+    state.inputs = picture.search(state.inputs, lambda found: explains(picture.polish(found, found)))
+    polished = picture.polish(state.inputs, state.inputs)
+    return (polished if explains(polished) else state.inputs)[None], off
 
 
 def _again(moved: Target, *, found: Tensor, context: Context) -> Tensor:
@@ -132,4 +116,10 @@ def _again(moved: Target, *, found: Tensor, context: Context) -> Tensor:
     # From afar: what the solve cannot reach is then part of the error, as it is of the answer's own.
     draws = torch.randn(found[0].shape, generator=context.generator, dtype=torch.float64).to(found)
     start = found[0] + AFAR * (moved.input_range[1] - moved.input_range[0]) * draws
-    return Picture(net.lower, state.between, moved.input_range, context).polish(found[0], start)[None]
+    return _picture(state, moved.input_range, context).polish(found[0], start)[None]
+
+
+def _picture(state: Patterns, input_range: tuple[float, float], context: Context) -> Picture:
+    net = state.net
+    error = state.error_below()
+    return Picture(net.lower, state.between, error, net.lower_gradient, net.lower_noise, input_range, context)

@@ -18,13 +18,16 @@ settles more. Knows neither label nor truth.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from attack.engine.context import Context
 from attack.engine.linearized import Operator, conjugate_gradients
 from attack.engine.pooling import Block, Pooled
+from attack.engine.priors import Variation
 
 MISS = 1.7
 """Scale of the errors in u to begin with, in units of how far a forward pass misses the features, over the upper
@@ -35,13 +38,17 @@ GRADIENT, VALUE = 3.0, 0.5
 """Errors of the gradient's rows and of z, in units of what independent errors in u would make. Too small a number
 settles cells on what is not yet known."""
 SWEEPS = 2
-ITERATIONS = 40
+ITERATIONS = 20
 """Of conjugate gradients a step; the next step goes on from there."""
 VARIATION = 30.0
 """Inverse scale of a picture's differences, in units of the input range; ..."""
 SMOOTH = 0.02
 """... below this, they are taken as Gaussian."""
-SETTLE_STEPS = 6
+SETTLE_STEPS, SLOW = 15, 0.9
+"""At most so many, and no more once one leaves more than this share of the misfit."""
+SETTLE_ITERATIONS = 15
+MOST_POSITIONS = 2048
+"""Of a channel of u, up to which the gradient's rows precondition as they are, and not by their diagonal."""
 
 
 class Patterns:
@@ -82,7 +89,7 @@ class Patterns:
     def take_patterns(self) -> None:
         """Takes the upper pattern from `inputs`, as certain."""
         cells = self.net.upper.cells(self.net.upper.forward(self.between)).flatten(1, 2)
-        self.likely = torch.nn.functional.one_hot(cells.argmax(-1), cells.shape[-1]).to(cells)
+        self.likely = one_hot(cells.argmax(-1), cells.shape[-1]).to(cells)
 
     def settle(self, *, sweep: bool = True) -> float:
         """`between` and `likely` by the upper layer alone, with each channel weighted by how well it is explained.
@@ -96,7 +103,11 @@ class Patterns:
         Returns: the median over the channels of how far a row of the gradient is off, in units of its noise.
         """
         net = self.net
+        least, missed = math.inf, self._missed()
         for _ in range(SETTLE_STEPS):
+            if missed > SLOW * least:
+                break
+            least = missed
             off = self._off()
             scale = float((off / self._norm).median().clamp(min=float((net.noise / self._norm).median()))) / 2
             z = net.upper.forward(self.between)
@@ -104,24 +115,29 @@ class Patterns:
             trust = 1 / (1 + (net.upper.uncells(lacks) / (3 * scale)).square())
             rows = self._upper_rows(torch.hypot(off, scale * self._norm), scale, trust)
             tie = (1e-3 / scale) ** 2
-            step = self._solve(
+            step, _ = conjugate_gradients(
                 functools.partial(rows.normal, tie=tie),
                 rows.downhill(self.between),
-                iterations=100,
+                self._context,
                 goal=1e-8,
+                iterations=SETTLE_ITERATIONS,
+                precondition=rows.preconditioner(tie),
             )
             self.between = (self.between + step).clamp(min=0)
             if sweep:
                 self._sweep(scale, 1.0, sweeps=3)
-        return float((self._off() / net.noise).median())
+            missed = self._missed()
+        return missed
 
-    def _solve(
-        self, multiply: Operator, right: Tensor, *, iterations: int, goal: float, diagonal: Tensor | None = None
-    ) -> Tensor:
-        inverse = torch.ones_like(right) if diagonal is None else diagonal.reciprocal()
-        return conjugate_gradients(
-            multiply, right, self._context, goal=goal, iterations=iterations, precondition=lambda r: inverse * r
-        )[0]
+    def error_below(self) -> Tensor:
+        """Derivative of the loss by `between`, where that is exact."""
+        upper = self.net.upper
+        cells = upper.cells(upper.forward(self.between))
+        passed = one_hot(cells.argmax(-1), cells.shape[-1]) * self.net.error[..., None]
+        return upper.back(upper.uncells(passed)) * (self.between > 0)
+
+    def _missed(self) -> float:
+        return float((self._off() / self.net.noise).median())
 
     def _off(self) -> Tensor:
         """How far the rows of the gradient are off, root mean square for each channel: (channels, 1)."""
@@ -183,7 +199,7 @@ class Patterns:
         weights = torch.softmax((least - lacks.abs()) / scale, -1) / ((least + scale) * scale)
         weights[..., :-1] = torch.maximum(weights[..., :-1], torch.where(lacks[..., :-1] < 0, scale**-2, 0.0))
         passed, off = weights[..., :-1], weights[..., -1]
-        variation = _Variation(x, VARIATION / (high - low), SMOOTH * (high - low))
+        variation = Variation(x, VARIATION / (high - low), SMOOTH * (high - low))
 
         def multiply(joined: Tensor) -> Tensor:
             p, w = joined[: x.numel()].view_as(x), joined[x.numel() :].view_as(u)
@@ -196,13 +212,19 @@ class Patterns:
         downhill_x = block.back(block.uncells(pull)) - variation.normal(x)
         downhill_u = rows.downhill(u) - pull.sum(-1) - off * u
         diagonal_x = block.back(block.uncells(passed), squared=True) + 2 * VARIATION / (high - low) ** 2
-        diagonal_u = rows.diagonal() + weights.sum(-1)
-        step = self._solve(
+        to_u = rows.preconditioner(weights.sum(-1))
+
+        def precondition(joined: Tensor) -> Tensor:
+            of_x, of_u = joined[: x.numel()].view_as(x) / diagonal_x, to_u(joined[x.numel() :].view_as(u))
+            return torch.cat([of_x.flatten(), of_u.flatten()])
+
+        step, _ = conjugate_gradients(
             multiply,
             torch.cat([downhill_x.flatten(), downhill_u.flatten()]),
-            iterations=ITERATIONS,
+            self._context,
             goal=1e-4,
-            diagonal=torch.cat([diagonal_x.flatten(), diagonal_u.flatten()]),
+            iterations=ITERATIONS,
+            precondition=precondition,
         )
         self.inputs = (x + step[: x.numel()].view_as(x)).clamp(low, high)
         self.between = (u + step[x.numel() :].view_as(u)).clamp(min=0)
@@ -247,32 +269,29 @@ class _UpperRows:
         back = rest.T @ self._error - self._spread_of(patches)
         return self._block.unpatch(back) + self._block.back(self._values * self._lacks)
 
-    def diagonal(self) -> Tensor:
-        """About that of J'WJ."""
+    def _diagonal(self) -> Tensor:
+        """About that of the gradient's rows."""
         size = (self._weights * self._error.square()).sum(0)
         patches = size.expand(self._gradient.shape[1], -1).contiguous()
-        return self._block.unpatch(patches) + self._block.back(self._values, squared=True)
+        return self._block.unpatch(patches)
+
+    def preconditioner(self, own: Tensor | float) -> Operator:
+        """About the inverse of J'WJ + spread + own, `own` being one number for each of u or for all.
+
+        The gradient's rows and the spread are the same for all channels of u, and join none of them.
+        """
+        block = self._block
+        values = block.back(self._values, squared=True) + own
+        if values[0].numel() > MOST_POSITIONS:
+            inverse = (self._diagonal() + values).reciprocal()
+            return lambda r: inverse * r
+        form = (self._weights * self._error).T @ self._error
+        form[self._order[:, :, None], self._order[:, None, :]] += self._spread
+        factor = torch.linalg.cholesky(block.gather(form) + values.flatten(1).mean(0).diag())
+        return lambda r: torch.cholesky_solve(r.flatten(1).T, factor).T.reshape(r.shape)
 
     def _spread_of(self, patches: Tensor) -> Tensor:
         spread = torch.einsum("kcq,cqr->kcr", patches[:, self._order], self._spread)
         out = torch.empty_like(patches)
         out[:, self._order.flatten()] = spread.flatten(1)
-        return out
-
-
-class _Variation:
-    """Total variation of a picture, as weighted squares of its differences."""
-
-    def __init__(self, x: Tensor, weight: float, smooth: float) -> None:
-        self._weights = [
-            weight / (x.diff(dim=axis).square().sum(0, keepdim=True) + smooth**2).sqrt() for axis in (1, 2)
-        ]
-
-    def normal(self, p: Tensor) -> Tensor:
-        out = torch.zeros_like(p)
-        for axis, weights in zip((1, 2), self._weights, strict=True):
-            flow = weights * p.diff(dim=axis)
-            size = p.shape[axis]
-            out.narrow(axis, 1, size - 1).add_(flow)
-            out.narrow(axis, 0, size - 1).sub_(flow)
         return out

@@ -79,17 +79,38 @@ class Block:
         parts = cells.reshape(channels, rows, columns, tall, wide).transpose(2, 3)
         return parts.reshape(channels, rows * tall, columns * wide)
 
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Of the convolution, at each side."""
+        padding = self.conv.padding
+        assert not isinstance(padding, str)  # as `_block` found
+        return padding
+
     def patches(self, u: Tensor) -> Tensor:
         """What each position of z sees of u: (input channels x kernel, height x width). With the error E at z flat,
         the weight's gradient is E @ patches'."""
         conv = self.conv
-        return functional.unfold(u[None], conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]  # type: ignore[arg-type]
+        return functional.unfold(u[None], conv.kernel_size, conv.dilation, self.padding, conv.stride)[0]
 
     def unpatch(self, patches: Tensor) -> Tensor:
         """The transpose of `patches`."""
         conv = self.conv
         size = self.input_shape[1:]
-        return functional.fold(patches[None], size, conv.kernel_size, conv.dilation, conv.padding, conv.stride)[0]  # type: ignore[arg-type]
+        return functional.fold(patches[None], size, conv.kernel_size, conv.dilation, self.padding, conv.stride)[0]
+
+    def gather(self, matrix: Tensor) -> Tensor:
+        """Of a quadratic form in what one kernel element of all positions sees of a channel of u, the sum over the
+        kernel elements: positions of z, squared -> positions of u, squared."""
+        channel = self.input_shape[1:]
+        numbers = torch.arange(1, math.prod(channel) + 1, device=matrix.device).view(1, 1, *channel)
+        conv = self.conv
+        seen = functional.unfold(numbers.to(matrix), conv.kernel_size, conv.dilation, self.padding, conv.stride)[0]
+        out = matrix.new_zeros(numbers.numel(), numbers.numel())
+        for element in seen.long():  # 0 is padding
+            (inside,) = element.nonzero(as_tuple=True)
+            at = element[inside] - 1
+            out[at[:, None], at] += matrix[inside[:, None], inside]
+        return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +129,10 @@ class Pooled:
     """Of the upper weight, shape (channels, input channels x kernel)."""
     noise: Tensor
     """Standard deviation of the errors of each of its rows, shape (channels, 1)."""
+    lower_gradient: Tensor
+    """The same of the lower weight; ..."""
+    lower_noise: Tensor
+    """... infinite where a row is not known in full."""
 
 
 def read(target: Target) -> Pooled:
@@ -122,8 +147,8 @@ def read(target: Target) -> Pooled:
     order = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
     gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
     weight, logit_error = gradients[-2], gradients[-1]
-    at = order[id(upper.conv.weight)]
-    noise = noises[at].flatten(1).square().mean(1, keepdim=True).sqrt()
+    at, below = (order[id(block.conv.weight)] for block in (upper, lower))
+    noise, lower_noise = (noises[place].flatten(1).square().mean(1, keepdim=True).sqrt() for place in (at, below))
     if not (noises[-2].isfinite().all() and noise.isfinite().all()):
         raise NoChain("the gradients of the last two layers are not known in full")
     size = logit_error.square().sum()
@@ -143,6 +168,8 @@ def read(target: Target) -> Pooled:
         error=torch.where(active, error, 0.0),
         gradient=gradients[at].flatten(1),
         noise=noise,
+        lower_gradient=gradients[below].flatten(1),
+        lower_noise=lower_noise,
     )
 
 

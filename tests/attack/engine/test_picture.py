@@ -21,7 +21,12 @@ def test_what_annealing_leaves_wrong_is_mended() -> None:
     start = (blobs + 0.03 * torch.randn(blobs.shape, dtype=torch.float64)).clamp(0, 1)
     context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
     features = block.output(blobs)
-    search = Picture(block, features, (0.0, 1.0), context)
+    error = torch.randn(features.shape, dtype=torch.float64) * (features > 0)
+    cells = block.cells(block.forward(blobs))
+    passed = nn.functional.one_hot(cells.argmax(-1), cells.shape[-1]) * error[..., None]
+    gradient = block.uncells(passed).flatten(1) @ block.patches(blobs).T
+    noise = torch.full((len(gradient), 1), 1e-7, dtype=torch.float64)
+    search = Picture(block, features, error, gradient, noise, (0.0, 1.0), context)
     annealed = search._anneal(start, torch.full_like(features, SLACK), STEPS)
     assert off(annealed, blobs) > 1e-3 and search._unexplained(annealed)[0].any()
     found = search.search(start)

@@ -42,6 +42,13 @@ def test_gradient_of_the_weight_is_error_times_patches(block: Block) -> None:
     assert torch.allclose(error.flatten(1) @ block.patches(u).T, expected.flatten(1))
 
 
+def test_form_in_what_positions_see_is_gathered(block: Block) -> None:
+    u, root = draw(2, 8, 12), draw(24, 24)
+    form = root @ root.T
+    expected = block.unpatch(block.patches(u) @ form)
+    assert torch.allclose((u.flatten(1) @ block.gather(form)).view_as(u), expected)
+
+
 def target_of(model: nn.Module, name: str) -> Target:
     inputs = torch.rand(1, 2, 8, 8)
     knowledge = Knowledge(model=spec(name), input_shape=(2, 8, 8), batch_size=1)

@@ -23,6 +23,7 @@ from nodes.memory import keep_freed_memory
 COMMANDS = {
     "demo": "Demo",
     "lab": "Lab",
+    "keys": "Keys",
     "record": "Record",
     "inspect": "Inspect",
     "decode": "Decode",

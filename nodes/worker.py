@@ -40,6 +40,8 @@ class WorkerConfig:
     """Endpoints of the parameter servers, in order of their shards, with commas between; empty: the ranks serve."""
     host: str = "127.0.0.1"
     """Address of this rank by which the others reach it, where ranks serve; it listens there and nowhere else."""
+    keys: Path | None = None
+    """Folder with this rank's keys, as `gradtap keys` makes them: the exchange zeromq is then encrypted by CURVE."""
     resume: bool = False
     """Go on from the last checkpoint of the run folder."""
 
@@ -94,6 +96,7 @@ def run(config: WorkerConfig) -> None:
             servers=servers,
             deadline_s=config.train.deadline_s,
             host=config.host,
+            keys=config.keys,
         ) as exchange,
         _progress(config.train.steps, first=trainer.steps_done, show=rank == 0) as tell,
     ):

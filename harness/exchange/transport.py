@@ -36,6 +36,7 @@ def open_socket(context: zmq.Context, kind: int, *, deadline_s: float) -> zmq.So
     socket.sndhwm = 0
     socket.handshake_ivl = HANDSHAKE_MS
     socket.linger = 0
+    socket.sndtimeo = int(1000 * deadline_s)  # a DEALER that was refused has nobody to send to, and would wait forever
     # A host that vanishes without a FIN is noticed even while nobody waits for it.
     socket.tcp_keepalive = 1
     socket.tcp_keepalive_idle = max(1, int(deadline_s / 2))

@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +26,7 @@ from harness.defenses.secure import Private, private_of
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic, as_coded, flat_state, layout_of, load_flat_state
 from harness.exchange.chunks import WINDOW, Chunk, Landing
+from harness.exchange.curve import CurveKeys
 from harness.exchange.message import Message
 from harness.exchange.rendezvous import Meeting
 from harness.exchange.secure import KEY_BYTES, Member
@@ -49,6 +51,7 @@ class ZeroMQExchange(Exchange):
         endpoints: Sequence[str],
         deadline_s: float = 30.0,
         own: ShardServer | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
         """Connects in the background; `start` waits for it.
 
@@ -57,12 +60,14 @@ class ZeroMQExchange(Exchange):
             endpoints: of all servers, in the order of their shards, as `tcp://host:port`.
             deadline_s: longest time without progress in any call.
             own: the server of shard `rank`, where ranks serve; this end then works it and closes it.
+            keys: this rank's, for CURVE; None: everything crosses the wire in clear.
         """
         keep_freed_memory()
         self.rank, self.world_size, self.traffic = rank, world_size, Traffic()
         self._run, self._endpoints, self._deadline_s, self._own = run, list(endpoints), deadline_s, own
         if own is not None:
             self.traffic = own.traffic  # what it serves leaves this rank too
+        self._keys = keys
         self._servers = [*range(rank, len(self._endpoints)), *range(min(rank, len(self._endpoints)))]
         """In the order in which this rank turns to them: each begins elsewhere, so that not all crowd the first."""
         self._step, self._kind = 0, Kind.WEIGHTS
@@ -89,13 +94,17 @@ class ZeroMQExchange(Exchange):
             own.register(self._poller)
 
     @classmethod
-    def among_ranks(cls, meeting: Meeting, *, host: str = "127.0.0.1", deadline_s: float = 30.0) -> Self:
+    def among_ranks(
+        cls, meeting: Meeting, *, host: str = "127.0.0.1", deadline_s: float = 30.0, keys: Path | None = None
+    ) -> Self:
         """The exchange in which every rank serves a shard; the ranks find each other, and agree on a run, in `meeting`.
 
         Args:
             host: the address of this rank that the others reach it by; it binds there, at a free port.
+            keys: folder with this rank's keys and the others' public ones, for CURVE.
         """
         run, rank, world_size = meeting.agree_on_run(), meeting.rank, meeting.world_size
+        name, names = f"rank{rank}", [f"rank{other}" for other in range(world_size)]
         own = ShardServer(
             run=run,
             world_size=world_size,
@@ -104,10 +113,18 @@ class ZeroMQExchange(Exchange):
             servers=world_size,
             rank=rank,
             deadline_s=deadline_s,
+            keys=None if keys is None else CurveKeys.of_server(keys, num_ranks=world_size, name=name),
         )
         try:
-            endpoints = meeting.swap("endpoint", own.endpoint)
-            return cls(rank=rank, world_size=world_size, run=run, endpoints=endpoints, deadline_s=deadline_s, own=own)
+            return cls(
+                rank=rank,
+                world_size=world_size,
+                run=run,
+                endpoints=meeting.swap("endpoint", own.endpoint),
+                deadline_s=deadline_s,
+                own=own,
+                keys=None if keys is None else CurveKeys.of_rank(keys, rank=rank, servers=names),
+            )
         except BaseException:
             own.close()
             raise
@@ -194,6 +211,8 @@ class ZeroMQExchange(Exchange):
     def _connect(self, server: int, endpoint: str) -> None:
         socket = self._sockets[server] = open_socket(self._context, zmq.DEALER, deadline_s=self._deadline_s)
         socket.routing_id = identity(self.rank)
+        if self._keys is not None:
+            self._keys.secure(socket, server=server)
         watch = self._watches[server] = Watch(socket)
         try:
             socket.connect(endpoint)
@@ -211,8 +230,10 @@ class ZeroMQExchange(Exchange):
         except ExchangeError as error:
             self._failed = True
             words = str(error).encode()[:1000]
-            for server in self._sockets:
-                self._say(server, Message(self._header(Kind.ERROR, size=len(words)), words))
+            for server, socket in self._sockets.items():
+                socket.sndtimeo = 0
+                with suppress(DeadlineError):
+                    self._say(server, Message(self._header(Kind.ERROR, size=len(words)), words))
             if self._own is not None:
                 self._own.say_error(str(error))
             raise
@@ -292,7 +313,10 @@ class ZeroMQExchange(Exchange):
             with self._naming_this_rank():
                 self._own.offer(message, self._delivered)
         else:
-            send(self._sockets[server], message)
+            try:
+                send(self._sockets[server], message)
+            except zmq.Again:
+                raise DeadlineError(f"{self._where}: no connection to send on; no {self._missing()}") from None
             self.traffic.bytes_out += message.header.size
 
     def _chunk(self, vector: Coded, chunk: Chunk) -> Message:
@@ -321,6 +345,7 @@ class ZeroMQExchange(Exchange):
         if self._own is not None and (wanted := self._own.shard.waits_for()) is not None:
             return f"{wanted} {limit}; it is gone or slow"
         if unwelcome := sorted(set(self._servers) - self._welcomed):
-            return f"welcome from {self._endpoints[unwelcome[0]]} {limit}; is it running, and every rank started?"
+            keys = "" if self._keys is None else ", with these keys"
+            return f"welcome from {self._endpoints[unwelcome[0]]} {limit}; is it running, and every rank started{keys}?"
         server, chunk = self._landing.missing() or (0, Chunk(0, 0))
         return f"{self._kind} for {chunk} from {self._endpoints[server]} {limit}; the server or another rank is gone"

@@ -14,6 +14,7 @@ import zmq
 
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Traffic
+from harness.exchange.curve import CurveKeys
 from harness.exchange.message import Message
 from harness.exchange.shard import Shard, name_ranks
 from harness.exchange.transport import Watch, keep_freed_memory, open_socket, receive, send, unpack
@@ -42,16 +43,18 @@ class ShardServer:
         servers: int = 1,
         rank: int = SERVER_RANK,
         deadline_s: float = 30.0,
+        keys: CurveKeys | None = None,
     ) -> None:
         """Binds at once; `endpoint` then says where.
 
         Args:
             run: 8 bytes that every rank of the run knows too; messages of other runs are dropped. None: the run of the
                 first rank that says HELLO.
-            bind: where to listen; port 0 takes a free one. Nothing authenticates a peer: beyond loopback, let only
-                the ranks reach it.
+            bind: where to listen; port 0 takes a free one. Without keys nothing authenticates a peer: beyond loopback,
+                let only the ranks reach it.
             rank: of the owner, where a rank serves this shard.
             deadline_s: longest time without a message while somebody waits.
+            keys: with them, CURVE, and nobody but the ranks gets in.
 
         Raises: ExchangeError where the address cannot be bound.
         """
@@ -65,6 +68,10 @@ class ShardServer:
         self.traffic = Traffic()
         self._context = zmq.Context()
         self.socket = open_socket(self._context, zmq.ROUTER, deadline_s=deadline_s)
+        self._keys = keys
+        self._door = None if keys is None else keys.admit(self._context)
+        if keys is not None:
+            keys.secure(self.socket)
         self._watch = Watch(self.socket)
         self._poller = zmq.Poller()
         self.register(self._poller)
@@ -105,6 +112,7 @@ class ShardServer:
                 break
             sender = frames[0].bytes
             try:
+                self._check_name(frames)
                 message = unpack(frames[1:])
                 answers = self.shard.receive(_rank_of(sender), message)
                 if message.header.kind is Kind.HELLO:
@@ -130,6 +138,8 @@ class ShardServer:
         """Closes the socket; what is still queued gets at most `linger_s` to leave. A second call does nothing."""
         if not self._context.closed:
             self._watch.close()
+            if self._door is not None:
+                self._door.stop()
             self._context.destroy(linger=int(linger_s * 1000))
 
     def __enter__(self) -> ShardServer:
@@ -155,6 +165,11 @@ class ShardServer:
                 raise DeadlineError(f"no {wanted} within {self._deadline_s:g} s; it is gone or slow")
             # Between steps nobody waits, for as long as they like; the end of a rank's connection still wakes this.
             self._poller.poll(None if wanted is None else int(left * 1000))
+
+    def _check_name(self, frames: list[zmq.Frame]) -> None:
+        """Raises: WireError, where a rank goes by another one's name."""
+        if self._keys is not None and self._keys.rank_of(str(frames[-1].get("User-Id"))) != _rank_of(frames[0].bytes):
+            raise WireError("wanted a rank under its own key, got another one's")
 
     def _meet(self, rank: int, *, connection: int) -> None:
         """Remembers whose connection this is. What ended earlier under the same descriptor is forgotten first."""

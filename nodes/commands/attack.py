@@ -13,8 +13,11 @@ from typing import Any
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from attack.algorithms import Status
 from attack.answer import whose
 from attack.buffers import complete_buffers
+from attack.decode.recording import Recording
+from attack.errors import CaptureError
 from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
@@ -130,8 +133,28 @@ class Attack(Command):
             return Result(json={}, text="", quiet=True)
         victims = answer["victims"]
         text = f"{_text(victims, self.out)}\n{source.text()}"
+        if not victims:
+            reason = self._nothing()
+            return Result(
+                json=answer | source.summary() | {"status": Status.NOT_OBSERVED, "reason": reason},
+                text=f"{Status.NOT_OBSERVED}: {reason}",
+                ok=False,
+            )
         ok = any(victim["status"] in ("converged", "filled") for victim in victims)
         return Result(json=answer | source.summary(), text=text, ok=ok)
+
+    def _nothing(self) -> str:
+        """Why there is nobody to attack, in one line."""
+        try:
+            found = Recording(self.file).inspect()
+        except CaptureError:
+            return f"{self.file} holds no observation that was asked for"
+        if found["steps"]:
+            return "no gradient of a rank, step or group that was asked for is in the capture"
+        sealed = sorted({f"{entry['mechanism']}" for entry in found["sealed"]})
+        if sealed:
+            return f"the traffic is encrypted ({', '.join(sealed)}), and no gradient can be decoded"
+        return "; ".join(["no gradient can be decoded", *found["notes"][:3]])
 
     def _inputs(self) -> tuple[tuple[int, ...], Tokens | None]:
         """Their shape, and what tokens they are made of. Raises: ConfigError, ModelError."""

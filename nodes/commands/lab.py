@@ -44,6 +44,8 @@ class Lab(Command):
     """Ranks of the own job."""
     num_servers: int = 1
     """Parameter servers of the own job over ZeroMQ; 0: the ranks serve each other."""
+    keys: Path | None = None
+    """Folder of `gradtap keys`: the own job's ZeroMQ exchange is then encrypted by CURVE."""
     hosts: bool = False
     """Give each rank a host of its own, with a network namespace and an address, and join them by a switch."""
     relay: bool = False
@@ -95,6 +97,8 @@ class Lab(Command):
             raise ConfigError("lab: options of the own job have no effect on a command after --; leave out one of them")
         if self.relay and (self.command or self.hosts or self.train.exchange != "zeromq" or self.num_servers < 1):
             raise ConfigError("lab: --relay is for the own job with --exchange zeromq, servers and no --hosts")
+        if self.keys is not None and (self.command or self.train.exchange != "zeromq"):
+            raise ConfigError("lab: --keys is for the own job with --exchange zeromq")
         nodes, routes = (foreign_job(self.command, hosts=self.hosts), ()) if self.command else self.own_job()
         hosts = tuple(dict.fromkeys(node.host for node in nodes if node.host is not None))
         return LabConfig(
@@ -118,6 +122,7 @@ class Lab(Command):
         master_port, *ports = (
             free_ports(1 + 2 * num_servers) if self.relay else (MASTER_PORT, *SERVER_PORTS[:num_servers])
         )
+        keys = () if self.keys is None else ("--keys", str(self.keys.absolute()))
         endpoints = [f"{place}:{port}" for port in ports[:num_servers]]
         routes = [f"{place}:{port}={server}" for port, server in zip(ports[num_servers:], endpoints, strict=False)]
         servers = tuple(
@@ -128,6 +133,7 @@ class Lab(Command):
                     *("--bind", f"tcp://{endpoint}", "--world-size", str(self.num_workers)),
                     *("--shard", str(shard), "--num-shards", str(num_servers)),
                     *("--deadline-s", str(self.train.deadline_s)),
+                    *keys,
                 ),
                 env=env,
                 host=SERVERS if self.hosts else None,
@@ -135,7 +141,7 @@ class Lab(Command):
             )
             for shard, endpoint in enumerate(endpoints)
         )
-        arguments = ["-m", "nodes.worker", "--config", str(self.out.absolute())]
+        arguments = ["-m", "nodes.worker", "--config", str(self.out.absolute()), *keys]
         if endpoints:
             reached = [route.split("=")[0] for route in routes] or endpoints
             arguments += ["--servers", ",".join(f"tcp://{endpoint}" for endpoint in reached)]

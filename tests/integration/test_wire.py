@@ -172,3 +172,19 @@ def test_of_masked_gradients_the_mean_alone_is_known(tmp_path: Path) -> None:
     scores = evaluate(run)["victims"]
     assert [len(score["examples"]) for score in scores] == [3, 3]  # the three ranks' batches, as one
     assert all(score["status"] == "converged" and score["psnr_db"] > 60 for score in scores)
+
+
+def test_under_curve_nothing_is_observed_and_inspect_says_why(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["keys", "--out", str(tmp_path / "keys"), "--num-workers", "2"]) == 0
+    train = TrainConfig(tensorboard=False, model="mlp:hidden=40", steps=2)
+    done = Lab(out=tmp_path / "run", num_workers=2, keys=tmp_path / "keys", train=train).run()
+    assert done.ok, done.text
+    capture = str(tmp_path / "run" / "wire.pcapng")
+    found = Recording(capture).inspect()
+    assert found["encrypted"] and found["steps"] == []
+    assert {entry["mechanism"] for entry in found["sealed"]} == {"CURVE"}
+    capsys.readouterr()
+    assert main(["attack", capture, "--model", "mlp:hidden=40", "--out", str(tmp_path / "attack"), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["victims"], answer["status"]) == ([], "not_observed")
+    assert answer["reason"] == "the traffic is encrypted (CURVE), and no gradient can be decoded"

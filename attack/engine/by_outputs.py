@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attack.engine.chain import Link
-from attack.engine.layers import forward_matrix, pull_back, push
-from attack.engine.stripes import cholesky, lower_gram
+from attack.engine.layers import forward_matrix, pull_back, push, push_covariance
+from attack.engine.stripes import cholesky, inverse_of, lower_gram
 
 KNOWN = 1e-3
 """A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
@@ -34,7 +34,7 @@ class ByOutputs:
     """
 
     def __init__(self, link: Link, precision: Tensor, rows: Tensor, floor: float) -> None:
-        self._link, self._channels = link, link.inputs // rows.shape[1]
+        self._link, self._rows, self._channels = link, rows, link.inputs // rows.shape[1]
         self._weight = next(link.module.parameters()).float()
         values, vectors = torch.linalg.eigh(rows.T @ rows)
         values = values.clamp(min=0) + floor
@@ -44,19 +44,19 @@ class ByOutputs:
         self._open = vectors[:, :count].float()
         self._covariance = (vectors[:, count:] / values[count:] @ vectors[:, count:].T).float()
 
-        forward = forward_matrix(link, torch.float32).view(link.outputs, self._channels, -1)
-        noise = push(link, (forward @ self._covariance).flatten(1), self._weight)
+        noise = push_covariance(link, self._covariance, self._weight)
         noise.diagonal().add_(1 / says)
         factor = cholesky(noise, link)
-        self._whitening = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+        self._whitening = inverse_of(factor)
+        forward = forward_matrix(link, torch.float32).view(link.outputs, self._channels, -1)
         self._forward_open = (forward @ self._open).flatten(1)  # F_o
         matrix = lower_gram((self._whitening @ self._forward_open).T)
         matrix.diagonal().add_(values[:count].float().repeat(self._channels))
         self._factor = cholesky(matrix, link)
 
-    def solve(self, right: Tensor) -> Tensor:
-        """Shape (vectors, inputs) -> the same."""
-        r = right.float().view(len(right), self._channels, -1)
+    def solve(self, right: Tensor, rows: Tensor) -> Tensor:
+        """The inverse times `right` + E'`rows`: (vectors, inputs), (vectors, channels, rows) -> (vectors, inputs)."""
+        r = (right.view(len(right), self._channels, -1) + rows @ self._rows).float()
         explained = self._weigh(push(self._link, (r @ self._covariance).flatten(1), self._weight))
         free = (r @ self._open).flatten(1) - explained @ self._forward_open
         free = torch.cholesky_solve(free.T, self._factor).T

@@ -13,6 +13,7 @@ An activation has no weights; its inverse carries a known output to a known inpu
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -144,6 +145,40 @@ def forward_matrix(link: Link, dtype: torch.dtype) -> Tensor:
         above, inside = rows_touched(link, row)
         forward[:, row, :, :, above] = touched[:, :, :, inside]
     return forward.view(outputs * rows * columns, -1)
+
+
+def push_covariance(link: Link, covariance: Tensor, weight: Tensor) -> Tensor:
+    """F C F', (outputs, outputs), where C holds `covariance`, (elements, elements), for each of the input's channels,
+    and is zero between elements that no gradient row has in common (`gradient_rows`).
+
+    Args:
+        weight: the layer's own, in the dtype of `covariance`.
+    """
+    module, size = link.module, len(covariance)
+    if isinstance(module, nn.Linear):
+        return weight @ weight.T * covariance
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    (outputs, *positions), kernel = link.output_shape, math.prod(module.kernel_size)
+    # Kernel elements so far apart, down and across, meet input elements that gradient rows have in common.
+    apart = (s // math.gcd(s, d) for s, d in zip(module.stride, module.dilation, strict=True))
+    down, across = (min(step, k) for step, k in zip(apart, module.kernel_size, strict=True))
+    if (kernel * math.prod(positions)) ** 2 > down * across * link.outputs * link.inputs:
+        forward = forward_matrix(link, weight.dtype).view(link.outputs, -1, size)
+        return push(link, (forward @ covariance).flatten(1), weight)
+    # The covariance of what a kernel element meets at each position with what another one does.
+    (height, width), (top, left) = link.input_shape[1:], module.padding
+    windows = functional.pad(covariance.view(height, width, height, width), (left, left, top, top) * 2)
+    for axis in range(4):
+        reach = module.dilation[axis % 2] * (module.kernel_size[axis % 2] - 1) + 1
+        windows = windows.unfold(axis, reach, module.stride[axis % 2])
+    windows = windows[..., :: module.dilation[0], :: module.dilation[1], :: module.dilation[0], :: module.dilation[1]]
+    total = weight.new_zeros(outputs**2, math.prod(positions) ** 2)
+    for y, x in itertools.product(range(down), range(across)):
+        part = weight[:, :, y::down, x::across].flatten(2)
+        pairs = torch.einsum("ack,bcl->abkl", part, part).flatten(2).flatten(0, 1)
+        met = windows[..., y::down, x::across, y::down, x::across].permute(4, 5, 6, 7, 0, 1, 2, 3)
+        total += pairs @ met.reshape(pairs.shape[1], -1)
+    return total.view(outputs, outputs, math.prod(positions), -1).transpose(1, 2).reshape(link.outputs, -1)
 
 
 def one_output_row(link: Link, dtype: torch.dtype) -> Tensor:

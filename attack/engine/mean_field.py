@@ -6,7 +6,7 @@ At each layer the input u is the least-squares solution of the same equations as
 
 but a layer passes on one variance for all its elements. On fresh LeNets the answer's error is some 5 dB above that of
 the full belief, and the work a tenth. Conjugate gradients solve the equations, for the mean and for draws from the
-posterior; a float32 factor of the whole normal matrix, near enough, makes them arrive in 2 to 8 iterations:
+posterior; a float32 factor of the whole normal matrix, near enough, makes them arrive in 2 to 4 iterations:
 
 * where a layer has few outputs, it is had by way of those (`attack.engine.by_outputs`);
 * else, for convolutions, in stripes of rows (`attack.engine.stripes`).
@@ -33,18 +33,22 @@ from attack.engine.walk import Belief, OutOfTime, prior_below
 
 DRAWS = 4
 """From each belief: their mean square over all elements of a layer is its variance."""
+PROBES, OPEN = 2, 10.0
+"""Random right sides, whose solutions tell the variance too, and that of directions as well of which the equations say
+so little that draws miss them; and how many times the draws' variance theirs may be."""
 ITERATIONS, AGAIN_ITERATIONS = 40, 1
-"""Of conjugate gradients, at most: a layer of a LeNet takes 2 to 8; from a solution near by, one."""
-SOLVED, DRAWN = 1e-2, 0.1
-"""Squared distance from the solution, in standard deviations and a mean over the directions, at which they end, for
-the mean and for draws."""
+"""Of conjugate gradients, at most: a layer of a LeNet takes 2 to 4; from a solution near by, one."""
+SOLVED, FALLEN = 1e-3, 0.1
+"""Squared distance from the solution, in standard deviations and a mean over the directions, at which they end; and
+the same in units of its first."""
 MOST_OUTPUTS, MOST_ELEMENTS = 1024, 512
 """Outputs of a layer, and elements of one of its input channels, up to which `ByOutputs` serves."""
 MOST_ROWS = 2048
 """Gradient rows, all channels together, up to which `Stripes` does."""
 
-Operator = Callable[[Tensor], Tensor]
-"""Shape (vectors, inputs) -> the same."""
+Solve = Callable[[Tensor, Tensor], Tensor]
+"""A right side x + E'y, apart: x, shape (vectors, inputs), and y, shape (vectors, channels, rows) -> (vectors, inputs).
+"""
 Watch = Callable[[int, Tensor], None]
 """Is shown the iterations at the chain's first layer: a number from 0 on, and the input, flat; the last is the mean."""
 
@@ -63,7 +67,7 @@ class _Solved:
     """Of the belief on the layer's input."""
     variance: float
     """Of that belief, mean over the elements."""
-    precondition: Operator
+    precondition: Solve
 
 
 class QuickWalk:
@@ -135,9 +139,8 @@ class _Layer:
         prior: tuple[float, float],
         before: _Solved | None,
     ) -> None:
-        self._link, self._precision, self._gradient = link, precision, by_channel(link, gradient)
+        self._link, self._precision = link, precision
         self._mean, self._variance = prior
-        self._channels = self._gradient.shape[1]
         self._iterations = ITERATIONS if before is None else AGAIN_ITERATIONS
         rows = gradient_rows(link, belief.error)
         if before is None:
@@ -149,7 +152,12 @@ class _Layer:
             self._start = torch.full((link.inputs,), self._mean).to(rows)
         else:
             self._root, self._start = before.root, before.mean
-        self._rows = self._root * rows  # (rows, elements of a channel), each divided by its standard deviation
+        # Each row divided by its standard deviation: (rows, elements of a channel), and what they are to be.
+        self._rows, self._targets = self._root * rows, (self._root * by_channel(link, gradient)).T
+        if self._rows.shape[1] == 1:  # of a single element all rows say the same: one stands for them
+            size = torch.linalg.vector_norm(self._rows)
+            self._rows, self._targets = size.view(1, 1), self._targets @ self._rows / size
+        self._channels = len(self._targets)
         self._precondition = self._preconditioner() if before is None else before.precondition
 
     def solved(self, belief: Belief) -> _Solved:
@@ -160,50 +168,68 @@ class _Layer:
         """From what is believed of the layer's output to what is believed of its input, with as many draws."""
         link, draws = self._link, len(belief.samples)
         offset = bias_of(link).to(belief.mean)
-        # First the mean's right side; then draws, whose right sides are noise as each kind of row has it.
-        forward = torch.cat(
-            [
-                (self._precision * (belief.mean - offset))[None],
-                self._precision.sqrt() * context.normal((draws, len(offset))).to(offset),
-            ]
-        )
-        targets = (self._root * self._gradient).T
-        rows = torch.cat([targets[None], context.normal((draws, *targets.shape)).to(offset)])
-        right = pull_back(link, forward) + (rows @ self._rows).flatten(1)
-        right[0] += self._mean / self._variance
-        right[1:] += context.normal((draws, link.inputs)).to(offset) / math.sqrt(self._variance)
-        mean = self._conjugate_gradients(right[:1], self._start[None], SOLVED, context, watch)
-        samples = mean[:0]
-        if draws:
-            samples = mean + self._conjugate_gradients(right[1:], torch.zeros_like(right[1:]), DRAWN, context, _ignore)
+        # First the mean's right side; then draws, whose right sides are noise as each kind of row has it; then probes.
+        count = 1 + draws + (PROBES if draws else 0)
+        right = self._normal(context, count, link.inputs)
+        right[: 1 + draws] /= math.sqrt(self._variance)
+        right[0] = self._mean / self._variance
+        forward = self._precision.sqrt() * self._normal(context, 1 + draws, link.outputs)
+        forward[0] = self._precision * (belief.mean - offset)
+        right[: 1 + draws] += pull_back(link, forward)
+        rows = right.new_zeros(count, self._channels, len(self._rows))
+        rows[0] = self._targets
+        rows[1 : 1 + draws] = self._normal(context, draws, self._channels, len(self._rows))
+        start = torch.zeros_like(right)
+        start[0] = self._start
+        solved = self._conjugate_gradients(right, rows, start, context, watch)
+        mean, samples, answers = solved[0], solved[1 : 1 + draws], solved[1 + draws :]
+        if draws and (right[1 + draws :] * answers).mean() > OPEN * samples.square().mean():
+            raise NoChain(f"layer {link.name}: some directions of its input are open")
         errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
-        return Belief(mean=mean[0], samples=samples, error=errors[0], error_samples=errors[1:])
+        return Belief(mean=mean, samples=mean + samples, error=errors[0], error_samples=errors[1:])
 
-    def _conjugate_gradients(self, right: Tensor, x: Tensor, goal: float, context: Context, watch: Watch) -> Tensor:
-        """Each row of `right` on its own, from `x`."""
-        r = right - self._multiply(x)
-        p, before = torch.zeros_like(x), torch.ones_like(x[:, :1])
+    def _normal(self, context: Context, *shape: int) -> Tensor:
+        return context.normal(shape).to(self._precision)
+
+    def _conjugate_gradients(self, right: Tensor, rows: Tensor, x: Tensor, context: Context, watch: Watch) -> Tensor:
+        """Solves for each of several right sides, `right` + E'`rows`, from `x`.
+
+        Residuals of the rows are kept apart from the others: joined, the strong rows would drown in rounding what the
+        others say.
+        """
+        r, s = right - self._others(x), rows - self._seen(x)
+        p, q, before = torch.zeros_like(r), torch.zeros_like(s), torch.zeros_like(x[:, :1])
+        goal = torch.full_like(before, SOLVED * right.shape[1])
         watch(0, x[0])
         for iteration in range(1, self._iterations + 1):
-            z = self._precondition(r)
-            rz = (r * z).sum(1, keepdim=True)
-            if rz.max() <= goal * right.shape[1]:
-                break
             if not context.seconds_left:
                 raise OutOfTime
-            p, before = z + rz / before * p, rz
-            q = self._multiply(p)
-            step = rz / (p * q).sum(1, keepdim=True).clamp(min=torch.finfo(rz.dtype).tiny)
-            x, r = x + step * p, r - step * q
+            z = self._precondition(r, s)
+            seen = self._seen(z)
+            rz = (r * z).sum(1, keepdim=True) + (s * seen).flatten(1).sum(1, keepdim=True)
+            goal = torch.minimum(goal, FALLEN * rz) if iteration == 1 else goal
+            if (rz <= goal).all():
+                break
+            fall, before = torch.where(before > 0, rz / before, 0.0), rz
+            p, q = z + fall * p, seen + fall[:, :, None] * q
+            others = self._others(p)
+            size = (p * others).sum(1, keepdim=True) + q.square().flatten(1).sum(1, keepdim=True)
+            step = rz / size.clamp(min=torch.finfo(size.dtype).tiny)
+            x, r, s = x + step * p, r - step * others, s - step[:, :, None] * q
             watch(iteration, x[0])
+            if iteration > 1 and (rz * fall <= goal).all():
+                break  # as it fell before, it has now fallen below
         return x
 
-    def _multiply(self, v: Tensor) -> Tensor:
-        by_channel = v.view(len(v), self._channels, -1)
-        gradient = (by_channel @ self._rows.T @ self._rows).flatten(1)
-        return gradient + v / self._variance + pull_back(self._link, self._precision * push(self._link, v))
+    def _seen(self, v: Tensor) -> Tensor:
+        """E v."""
+        return v.view(len(v), self._channels, -1) @ self._rows.T
 
-    def _preconditioner(self) -> Operator:
+    def _others(self, v: Tensor) -> Tensor:
+        """(F'PF + prior) v."""
+        return v / self._variance + pull_back(self._link, self._precision * push(self._link, v))
+
+    def _preconditioner(self) -> Solve:
         """Near the inverse of the normal matrix. Raises: NoChain."""
         count, size = self._rows.shape
         if len(self._precision) <= MOST_OUTPUTS and size <= MOST_ELEMENTS:

@@ -6,22 +6,24 @@ With D the inverses of L's diagonal blocks and C what is left of a stripe's rows
 
     L^-1 x = z,    z_i = D_i x_i - C_i (z_i-2, z_i-1)
 
-The few dense rows E come in by Woodbury's identity:
+The few dense rows E come in by Woodbury's identity, with H = L^-1 E':
 
-    (L L' + E'E)^-1 = L^-T (1 - H (1 + H'H)^-1 H') L^-1,    H = L^-1 E'
+    (L L' + E'E)^-1 (x + E'y) = L^-T (L^-1 x + H (1 + H'H)^-1 (y - H'L^-1 x))
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attack.engine.chain import Link, NoChain
 from attack.engine.layers import one_output_row, pull_back, rows_touched
 
-DAMPING = 1e-4
-"""Of the diagonal's mean, which is added to it. What E then takes away again is lost to float32's rounding: with 1e-5,
-two iterations of conjugate gradients more; with 1e-3, the damping itself costs as many."""
+DAMPING = 1e-5
+"""Of the diagonal's mean, which is added to it: float32 cannot tell smaller eigenvalues from zero."""
 
 
 def lower_gram(rows: Tensor, blocks: int = 8) -> Tensor:
@@ -39,6 +41,11 @@ def cholesky(matrix: Tensor, link: Link) -> Tensor:
     if failed:
         raise NoChain(f"layer {link.name}: its equations are too ill-conditioned for {matrix.dtype}")
     return factor
+
+
+def inverse_of(lower: Tensor) -> Tensor:
+    """Of a triangular factor. Products with it cost less than solving with the factor does."""
+    return torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
 
 
 class Stripes:
@@ -63,21 +70,26 @@ class Stripes:
         self._inverses = touched.new_empty(self._count, self._size, self._size)  # D
         self._carried = touched.new_empty(self._count, self._size, 2 * self._size)  # C
         self._factor(link, touched, weights.float(), floor)
-        self._rows = self._forward(self._of_one_channel(rows.float()))  # H
-        gram = lower_gram(self._rows.T)
+        self._rows = self._forward(self._of_one_channel(rows.float()), channels * len(rows))  # H'
+        gram = lower_gram(self._rows)
         gram.diagonal().add_(1)
-        self._gram = cholesky(gram, link)
+        self._whitening = inverse_of(cholesky(gram, link))
 
-    def solve(self, right: Tensor) -> Tensor:
-        """Shape (vectors, inputs) -> the same."""
+    def solve(self, right: Tensor, rows: Tensor) -> Tensor:
+        """The inverse times `right` + E'`rows`: (vectors, inputs) and (vectors, channels, rows) -> (vectors, inputs).
+
+        Apart, so that float32 need not take away again nearly all of what the rows say.
+        """
         channels, height, width = self._shape
-        rows = right.new_zeros(self._count * self._stripe, channels, width, len(right), dtype=torch.float32)
-        rows[:height] = right.view(-1, *self._shape).permute(2, 1, 3, 0)
-        z = self._forward(self._inverses @ rows.view(self._count, self._size, -1))
-        z = z - self._rows @ torch.cholesky_solve(self._rows.T @ z, self._gram)
-        solved = self._inverses.mT @ self._backward(z)
-        solved = solved.view(-1, channels, width, len(right))[:height]
-        return solved.permute(3, 1, 0, 2).flatten(1).to(right)
+        padded = right.new_zeros(len(right), self._count * self._stripe, channels, width, dtype=torch.float32)
+        padded[:, :height] = right.view(-1, *self._shape).transpose(1, 2)
+        striped = padded.view(len(right), self._count, -1).unbind(1)
+        z = self._forward((own @ d.T for own, d in zip(striped, self._inverses, strict=True)), len(right))
+        unexplained = rows.flatten(1).float() - z @ self._rows.T
+        z = z + unexplained @ self._whitening.T @ self._whitening @ self._rows
+        parts = self._backward(z).view(len(right), -1, self._size).unbind(1)
+        solved = torch.stack([part @ d for part, d in zip(parts, self._inverses, strict=True)], 1)
+        return solved.view_as(padded)[:, :height].transpose(1, 2).flatten(1).to(right)
 
     def _factor(self, link: Link, touched: Tensor, weights: Tensor, floor: float) -> None:
         """D and C, stripe after stripe, each taken out of those that follow."""
@@ -94,39 +106,41 @@ class Stripes:
                 part = touched[:, inside].flatten(1)
                 at = (there.start - stripe * self._stripe) * size // self._stripe
                 place = slice(at, at + part.shape[1])
-                window[place, place] += part.T @ (of_row[row] * part)
+                window[place, place].addmm_(part.T, of_row[row] * part)
                 row += 1
             window.diagonal()[:size].add_(added)
-            factor = cholesky(window[:size, :size], link)
-            inverse = torch.linalg.solve_triangular(factor, torch.eye(size).to(factor), upper=False)
+            inverse = inverse_of(cholesky(window[:size, :size], link))
             self._inverses[stripe] = inverse
-            self._carried[stripe] = inverse @ torch.cat([before[0][size:], before[1][:size]], 1)
+            torch.matmul(inverse, torch.cat([before[0][size:], before[1][:size]], 1), out=self._carried[stripe])
             below = window[size:, :size] @ inverse.T
             before = [before[1], below]
-            rest = window[size:, size:] - below @ below.T
+            rest = window[size:, size:].addmm_(below, below.T, alpha=-1)
             window = torch.zeros_like(window)
             window[: 2 * size, : 2 * size] = rest
 
-    def _forward(self, driven: Tensor) -> Tensor:
-        """L^-1 x, shape (stripes x elements, vectors), from D x, shape (stripes, elements, vectors)."""
-        z = torch.cat([torch.zeros_like(driven[:1]), torch.zeros_like(driven[:1]), driven])
-        for stripe, carried in enumerate(self._carried):
-            z[stripe + 2].addmm_(carried, z[stripe : stripe + 2].flatten(0, 1), alpha=-1)
-        return z[2:].flatten(0, 1)
+    def _forward(self, driven: Iterable[Tensor], vectors: int) -> Tensor:
+        """L^-1 x, shape (vectors, stripes x elements), from D x, stripe after stripe."""
+        size = self._size
+        z = self._inverses.new_zeros(vectors, (self._count + 2) * size)
+        for first, carried, own in zip(range(0, z.shape[1], size), self._carried, driven, strict=False):
+            before, here = z[:, first : first + 2 * size], z[:, first + 2 * size : first + 3 * size]
+            here.copy_(own).addmm_(before, carried.T, alpha=-1)
+        return z[:, 2 * size :]
 
     def _backward(self, z: Tensor) -> Tensor:
-        """D'^-1 L^-T z, shape (stripes, elements, vectors)."""
-        y = torch.cat([z.new_zeros(2 * self._size, z.shape[1]), z]).view(-1, self._size, z.shape[1])
+        """D'^-1 L^-T z, shape (vectors, stripes x elements)."""
+        size = self._size
+        y = functional.pad(z, (2 * size, 0))
         for stripe in range(self._count - 1, -1, -1):
-            y[stripe : stripe + 2].flatten(0, 1).addmm_(self._carried[stripe].T, y[stripe + 2], alpha=-1)
-        return y[2:]
+            here, before = y[:, (stripe + 2) * size :][:, :size], y[:, stripe * size :][:, : 2 * size]
+            before.addmm_(here, self._carried[stripe], alpha=-1)
+        return y[:, 2 * size :]
 
-    def _of_one_channel(self, rows: Tensor) -> Tensor:
-        """D E', for `rows` in each channel, zero in the others: shape (stripes, elements, channels x rows)."""
+    def _of_one_channel(self, rows: Tensor) -> Iterator[Tensor]:
+        """D E', for `rows` in each channel, zero in the others: shape (channels x rows, elements), each stripe's."""
         channels, height, width = self._shape
-        padded = rows.new_zeros(self._count * self._stripe * width, len(rows))
-        padded[: height * width] = rows.T
-        striped = padded.view(self._count, 1, self._stripe * width, -1)
-        blocks = self._inverses.view(self._count, self._size, self._stripe, channels, width)
-        driven = blocks.permute(0, 3, 1, 2, 4).flatten(3) @ striped  # (stripes, channels, elements, rows)
-        return driven.transpose(1, 2).flatten(2)
+        padded = rows.new_zeros(len(rows), self._count * self._stripe * width)
+        padded[:, : height * width] = rows
+        for part, inverse in zip(padded.split(self._stripe * width, dim=1), self._inverses, strict=True):
+            by_channel = inverse.T.reshape(self._stripe, channels, width, -1).transpose(0, 1).flatten(1, 2)
+            yield (part @ by_channel).flatten(0, 1)

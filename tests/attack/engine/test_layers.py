@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attack.engine.chain import NoChain, trace
-from attack.engine.layers import activation, by_channel, check, gradient_rows, pull_back
+from attack.engine.layers import activation, by_channel, check, gradient_rows, pull_back, push_covariance
 
 LAYERS = [
     (nn.Linear(7, 4), (7,)),
@@ -31,6 +31,19 @@ def test_pull_back_and_gradient_rows_are_what_autograd_says(layer: nn.Module, sh
     rows = gradient_rows(link, error.flatten())
     channels = u.detach().view(by_weight.shape[1], -1).T  # (elements of a channel, channels)
     assert torch.allclose(rows @ channels, by_channel(link, by_weight))
+
+
+@pytest.mark.parametrize(("layer", "shape"), [*LAYERS, (nn.Conv2d(9, 2, 3, stride=2), (9, 7, 7))], ids=str)
+@torch.no_grad()
+def test_covariance_of_one_channel_is_pushed_as_the_dense_one(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    (link,) = trace(layer.double(), shape)
+    rows = gradient_rows(link, torch.randn(link.outputs, dtype=torch.float64))
+    covariance = rows.T @ rows
+    dense = torch.block_diag(*[covariance] * (link.inputs // len(covariance)))
+    forward = pull_back(link, torch.eye(link.outputs, dtype=torch.float64))
+    pushed = push_covariance(link, covariance, link.module.get_parameter("weight"))
+    assert torch.allclose(pushed, forward @ dense @ forward.T)
 
 
 @pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.1)], ids=str)

@@ -8,14 +8,18 @@ import pytest
 import torch
 from torch import nn
 
+from attack.algorithms import Status
 from attack.engine.by_outputs import ByOutputs
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
-from attack.engine.layers import forward_matrix, pull_back, push
+from attack.engine.layers import forward_matrix, gradient_rows, pull_back, push
 from attack.engine.mean_field import QuickWalk
 from attack.engine.stripes import Stripes
 from attack.engine.target import prepare
 from attack.engine.walk import FullWalk
+from attack.observation import Knowledge
+from attack.reconstruct import reconstruct
+from harness.models import load_model
 from tests.attack.toys import example, observe, told
 
 CONVOLUTIONS = {
@@ -38,12 +42,13 @@ def test_factor_is_that_of_the_dense_matrix(name, kind):
     ones = torch.eye(len(forward), dtype=torch.float64)
     assert torch.allclose(forward, pull_back(link, ones)) and torch.allclose(push(link, forward), forward @ forward.T)
     weights = torch.rand(len(forward), dtype=torch.float64) + 0.1
-    rows = torch.randn(4, shape[1] * shape[2], dtype=torch.float64)
+    rows = gradient_rows(link, torch.randn(link.outputs, dtype=torch.float64))[:20:5]
     dense = forward.T @ (weights[:, None] * forward) + torch.block_diag(*[rows.T @ rows] * shape[0])
     dense.diagonal().add_(0.5)
     right = torch.randn(3, link.inputs, dtype=torch.float64)
-    solved = kind(link, weights, rows, 0.5).solve(right)
-    assert torch.allclose(solved @ dense, right, atol=5e-3)  # float32, and damped by 1e-4 of the diagonal
+    parts = torch.randn(3, shape[0], len(rows), dtype=torch.float64)
+    solved = kind(link, weights, rows, 0.5).solve(right, parts)
+    assert torch.allclose(solved @ dense, right + (parts @ rows).flatten(1), atol=2e-3)  # float32, damped by 1e-5
 
 
 @pytest.mark.parametrize("name", ["convolution", "sigmoid", "tanh"])
@@ -80,6 +85,23 @@ def test_gradient_near_by_is_walked_back_as_if_in_full(name, holes):
     deviation = afresh.variance**0.5 + 1e-7
     assert torch.linalg.vector_norm(again - afresh.mean) <= deviation * len(again) ** 0.5
     assert not torch.allclose(first.mean, again, atol=1e-7)  # it did move
+
+
+@pytest.mark.parametrize(("channels", "size"), [(4, 16), (4, 24)])  # by outputs, and in stripes
+def test_too_few_equations_are_no_picture_either_way(channels, size, tmp_path):
+    torch.manual_seed(0)
+    source = tmp_path / "narrow.py"
+    source.write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        f"    convolution = nn.Conv2d(3, {channels}, 5, stride=2, padding=2)\n"
+        f"    head = nn.Linear({channels * size * size // 4}, 10)\n"
+        "    return nn.Sequential(convolution, nn.Sigmoid(), nn.Flatten(), head)\n"
+    )
+    knowledge = Knowledge(model=f"{source}:build", input_shape=(3, size, size))
+    model, inputs = load_model(knowledge.model), torch.rand(1, 3, size, size)
+    found = reconstruct(observe(model, inputs, torch.tensor([3])), knowledge, method="rgap")
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None
+    assert found.reason is not None and "so do other inputs" in found.reason
 
 
 def test_gradient_with_holes_is_left_to_the_full_walk():

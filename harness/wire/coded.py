@@ -7,6 +7,8 @@ a code leaves open of the number behind it is public too: `Decoded.error`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -45,16 +47,25 @@ class Coded(Protocol):
         """Elements `at` to `at + count`."""
 
 
-class Decoded(NamedTuple):
+class Decoded:
     """What a payload says of its elements."""
 
-    values: Float32
-    """Writable, and shared with nobody, but for a `dense` payload's; 0 where nothing was sent."""
-    sent: Mask | None = None
-    """Which elements were sent; None: all."""
-    error: Float32 | None = None
-    """Largest distance of the number that was coded from its value, infinite where the code does not limit it; None: 0
-    everywhere. Of elements that were not sent the code says nothing, and this is infinite."""
+    def __init__(self, values: Float32, sent: Mask | None = None, error: Callable[[], Float32] | None = None) -> None:
+        """`error` makes what the property gives; as often as not nobody asks, and it takes longer than the values."""
+        self.values = values
+        """Writable, and shared with nobody, but for a `dense` payload's; 0 where nothing was sent."""
+        self.sent = sent
+        """Which elements were sent; None: all."""
+        self._error = error
+
+    @functools.cached_property
+    def error(self) -> Float32 | None:
+        """Largest distance of the number that was coded from its value, infinite where the code does not limit it.
+
+        None: 0 everywhere. Of elements that were not sent the code says nothing, and this is infinite. To be asked for
+        before the values are written to.
+        """
+        return None if self._error is None else self._error()
 
 
 def expect_size(codec: str, got: int, wanted: int) -> None:

@@ -87,11 +87,15 @@ def read_bf16(count: int, params: Mapping[str, Any], payload: memoryview) -> Dec
 def _read(codec: str, count: int, payload: memoryview) -> Decoded:
     expect_size(codec, len(payload), 2 * count)
     values = _widen(codec, np.frombuffer(payload, "<u2"))
+    return Decoded(values, error=lambda: _half_of_spacing(codec, values))
+
+
+def _half_of_spacing(codec: str, values: Float32) -> Float32:
     with np.errstate(all="ignore"):
         _, exponent = np.frexp(values)
         step = np.where(values == 0, np.float32(0), np.ldexp(np.float32(1), exponent - _SIGNIFICANT_BITS[codec]))
         error = np.maximum(step, np.float32(_SMALLEST_STEP[codec])) / np.float32(2)
-    return Decoded(values, error=np.where(np.isfinite(values), error, np.float32(np.inf)))
+    return np.where(np.isfinite(values), error, np.float32(np.inf))
 
 
 def _widen(codec: str, bits: npt.NDArray[np.uint16]) -> Float32:

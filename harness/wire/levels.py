@@ -49,7 +49,7 @@ class Levels:
         return self.levels.size
 
     def values(self) -> Float32:
-        return self.levels.astype(np.float32) * np.repeat(self.units, np.diff(self.borders))
+        return _scaled(self.levels, self.units, np.diff(self.borders))
 
     def part(self, at: int, count: int) -> Part:
         first = int(np.searchsorted(self.borders, at, side="right")) - 1
@@ -75,14 +75,23 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     units, lengths = table["unit"].astype(np.float32), table["elements"].astype(np.int64)
     if int(lengths.sum()) != count or not (np.isfinite(units).all() and (units >= 0).all()):
         raise WireError(f"levels: wanted segments of {count} elements with units of 0 or more, got others")
-    unit = np.repeat(units, lengths)
+    levels = _unpack(np.frombuffer(payload[begin:], np.uint8), bits, count)
     with np.errstate(all="ignore"):  # a unit that a sender made up
-        values = _unpack(np.frombuffer(payload[begin:], np.uint8), bits, count) * unit
-    if not np.isfinite(REACH[rounding]):
-        return Decoded(values, error=np.full(count, np.inf, np.float32))
-    # A level is the nearest as float32 tells: the quotient and the product are each rounded once.
-    slack = (np.abs(values) + unit) * np.float32(2.0**-22)
-    return Decoded(values, error=np.float32(REACH[rounding]) * unit + slack)
+        values = _scaled(levels, units, lengths)
+
+    def error() -> Float32:
+        if not np.isfinite(REACH[rounding]):
+            return np.full(count, np.inf, np.float32)
+        # A level is the nearest as float32 tells: the quotient and the product are each rounded once.
+        unit = np.repeat(units, lengths)
+        return np.float32(REACH[rounding]) * unit + (np.abs(values) + unit) * np.float32(2.0**-22)
+
+    return Decoded(values, error=error)
+
+
+def _scaled(levels: npt.NDArray[np.int8], units: Float32, lengths: npt.NDArray[np.int64]) -> Float32:
+    """Each level in its segment's unit."""
+    return np.multiply(levels, units if len(units) == 1 else np.repeat(units, lengths), dtype=np.float32)
 
 
 def _pack(levels: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.uint8]:

@@ -90,7 +90,7 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     table = np.frombuffer(payload[at:begin], _PIECE).tolist()
     if sum(elements for elements, *_ in table) != count or not all(elements for elements, *_ in table):
         raise WireError(f"lowrank: wanted pieces of {count} elements, got others")
-    values, error = [np.empty(0, np.float32)], [np.empty(0, np.float32)]
+    values = [np.empty(0, np.float32)]
     numbers = _Numbers(payload[begin:])
     for elements, first, columns, rank in table:
         if rank:
@@ -102,10 +102,14 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
                 values.append(made.product()[first : first + elements])
         else:
             values.append(numbers.take(elements, 1)[:, 0])
-        error.append(np.full(elements, np.inf if rank else 0, np.float32))
     if numbers.left:
         raise WireError(f"lowrank: {numbers.left} numbers more than the pieces hold")
-    return Decoded(np.concatenate(values), error=np.concatenate(error))
+
+    def error() -> Float32:
+        limits = [np.inf if rank else 0.0 for _, _, _, rank in table]
+        return np.repeat(np.array(limits, np.float32), [elements for elements, *_ in table])
+
+    return Decoded(np.concatenate(values), error=error)
 
 
 class _Numbers:

@@ -48,7 +48,7 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     """Nothing is known of any element. Raises: WireError."""
     read_words(count, params, payload)
     return Decoded(
-        np.zeros(count, np.float32), sent=np.zeros(count, np.bool_), error=np.full(count, np.inf, np.float32)
+        np.zeros(count, np.float32), sent=np.zeros(count, np.bool_), error=lambda: np.full(count, np.inf, np.float32)
     )
 
 

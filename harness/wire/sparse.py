@@ -85,4 +85,4 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
         raise WireError(f"sparse: wanted places as mask, {' or '.join(_PLACES)}, got {index!r:.40}")
     values = np.zeros(count, np.float32)
     values[sent] = np.frombuffer(payload[length:], "<f4")
-    return Decoded(values, sent=sent, error=np.where(sent, np.float32(0), np.float32(np.inf)))
+    return Decoded(values, sent=sent, error=lambda: np.where(sent, np.float32(0), np.float32(np.inf)))

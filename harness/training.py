@@ -72,11 +72,13 @@ class Trainer:
                 f"defense {config.defense!r} has momentum in place of the optimizer's, and {config.optimizer!r} too; "
                 "take sgd:lr=... without momentum, or topk-dgc:...,momentum=0"
             )
-        self.accountant = self.defense.private and Accountant(
-            defense=self.defense.private,
-            examples=len(self.data),
-            batch_size=config.batch_size,
-            world_size=world_size,
+        private = self.defense.private
+        self.accountant = (
+            None
+            if private is None
+            else Accountant(
+                defense=private, examples=len(self.data), batch_size=config.batch_size, world_size=world_size
+            )
         )
         """Where the defense is differentially private."""
         self.sizes = tuple(parameter.numel() for parameter in self.model.parameters())

@@ -72,6 +72,11 @@ class Trainer:
                 f"defense {config.defense!r} has momentum in place of the optimizer's, and {config.optimizer!r} too; "
                 "take sgd:lr=... without momentum, or topk-dgc:...,momentum=0"
             )
+        if self.defense.summed and config.exchange == "zeromq":
+            raise ConfigError(
+                f"defense {config.defense!r} sums factors, which zeromq does not: take --exchange allreduce or ddp, or "
+                "powersgd, which sends each rank's own"
+            )
         private = self.defense.private
         self.accountant = (
             None

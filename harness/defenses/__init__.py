@@ -15,6 +15,7 @@
 | `ternary`        | -1, 0 or 1                                           | `ternary` |                    |
 | `sign`           | a bit an element                                     | `sign`    | residual           |
 | `powersgd`       | two thin matrices in place of a large one            | `powersgd` | residual, factor  |
+| `powersgd-averaged` | the same, averaged over the ranks in two rounds   | `powersgd_averaged` | residual, factor |
 | `secure-aggregation` | masked words, of which only the sum says anything | `secure`  |                    |
 """
 

@@ -23,6 +23,7 @@ from harness.defenses.half import Short
 from harness.defenses.int8 import Int8
 from harness.defenses.noise import Gaussian, Laplace
 from harness.defenses.powersgd import PowerSGD
+from harness.defenses.powersgd_averaged import PowerSGDAveraged
 from harness.defenses.prune import Prune
 from harness.defenses.qsgd import Qsgd
 from harness.defenses.secure import SecureAggregation
@@ -49,6 +50,7 @@ DEFENSES: dict[str, Callable[..., Link]] = {
     "ternary": Ternary,
     "sign": Sign,
     "powersgd": PowerSGD,
+    "powersgd-averaged": PowerSGDAveraged,
     "soteria": Soteria,
     "secure-aggregation": SecureAggregation,
 }
@@ -78,6 +80,11 @@ class Chain:
     def private(self) -> DPSGD | None:
         """What epsilon is told of, where the chain begins so: what comes behind it takes nothing away."""
         return self.of_examples if isinstance(self.of_examples, DPSGD) else None
+
+    @property
+    def summed(self) -> bool:
+        """Whether it needs an exchange that sums."""
+        return any(isinstance(link, PowerSGDAveraged) for link in self.links)
 
     @property
     def momentum(self) -> bool:

@@ -1,6 +1,7 @@
 """`torch.distributed` all-reduce of flat buckets: the plain collective, without DistributedDataParallel around it.
 
-A gradient coded in floats of two bytes is reduced in these; any other code is gathered (`harness.exchange.gathering`).
+A gradient coded in floats of two bytes is reduced in these; factors that are averaged, in rounds; any other code is
+gathered (`harness.exchange.gathering`).
 
 Gloo on CPU, NCCL where the gradient lies on a CUDA device. Knows vectors and buckets; the sum's order is the backend's.
 """
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from harness.defenses.powersgd_averaged import rounds_of
 from harness.exchange.base import flat_state, layout_of, load_flat_state
 from harness.exchange.chunks import shard_chunks
 from harness.exchange.process_group import BUCKET_BYTES, ProcessGroupExchange, all_reduced_bytes, short_floats
@@ -39,6 +41,9 @@ class AllReduceExchange(ProcessGroupExchange):
         if isinstance(gradient, Tensor):
             self._sum.copy_(gradient.detach())
             return self._reduce(self._sum).div_(self.world_size)
+        if (rounds := rounds_of(gradient)) is not None:
+            with self._one_line(f"factors of all {self.world_size} ranks"):
+                return torch.from_numpy(rounds.average(range(len(rounds.matrices)), self.mean))
         short = short_floats(gradient)
         if short is not None:
             # Divided first, as torch's own hooks for such floats do: their sum could be beyond the largest.

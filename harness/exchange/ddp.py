@@ -8,7 +8,7 @@ from before, and the model has its own back afterwards.
 
 A coded gradient travels by a communication hook: floats of two bytes are reduced in these, as torch's own hooks do
 (fp16_compress_hook; bf16_compress_hook refuses Gloo); for any other code each bucket's parameters are gathered as they
-were coded (`harness.exchange.gathering`).
+were coded (`harness.exchange.gathering`), or averaged in rounds where they are factors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.defenses.powersgd_averaged import rounds_of
 from harness.errors import ExchangeError
 from harness.exchange.base import as_tensor, layout_of
 from harness.exchange.chunks import LARGE_CHUNK, Chunk
@@ -82,7 +83,7 @@ class DDPExchange(ProcessGroupExchange):
         for parameter in self._parameters:
             parameter.grad = None
         average = torch.cat([part.reshape(-1) for part in averages])
-        if self._hook != self._gather_bucket:  # which counts what it moves
+        if self._hook in (None, self._reduce_bucket):  # the others count what they move
             size = 4 if self._hook is None else 2
             moved = all_reduced_bytes(average.numel(), rank_count=self.world_size, element_bytes=size)
             self.traffic.bytes_out += moved
@@ -96,14 +97,18 @@ class DDPExchange(ProcessGroupExchange):
     def _hooked(self, coded: Coded) -> Tensor:
         """What the backward pass is to hand to DDP, whose hook then sends it as it was coded."""
         assert self._ddp is not None, "start comes first"
-        short = short_floats(coded)
+        rounds = rounds_of(coded)
+        short = None if rounds else short_floats(coded)
         if self._hook is None:
-            if short is None:
+            if rounds is not None:
+                self._hook = self._iterate_bucket
+            elif short is None:
                 self._hook = self._gather_bucket
             else:
                 self._short, self._hook = short.dtype, self._reduce_bucket
             self._ddp.register_comm_hook(None, self._hook)
-        return as_tensor(coded).to(self._parameters[0].device)
+        values = torch.zeros(coded.size) if rounds else as_tensor(coded)
+        return values.to(self._parameters[0].device)
 
     def _reduce_bucket(self, _, bucket):  # torch refuses annotations that are texts
         """DDP's hook: the mean over the ranks in floats of two bytes."""
@@ -117,10 +122,22 @@ class DDPExchange(ProcessGroupExchange):
         chunks = [chunk for parameter in bucket.parameters() for chunk in self._chunks[id(parameter)]]
         self.gathering.average(self._coded, chunks, step=self._step, into=self._mean)
         parts = [self._mean[chunk.at : chunk.at + chunk.size] for chunk in chunks]
-        buffer = bucket.buffer()
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(buffer.copy_(torch.from_numpy(np.concatenate([*parts, np.empty(0, np.float32)]))))
-        return done
+        return _done(bucket, np.concatenate([*parts, np.empty(0, np.float32)]))
+
+    def _iterate_bucket(self, _, bucket):
+        """DDP's hook: the mean of a bucket's parameters, by factors that are averaged in rounds."""
+        rounds = rounds_of(self._coded)
+        assert rounds is not None, "the hook of such a defense"
+        place = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        return _done(bucket, rounds.average([place[id(parameter)] for parameter in bucket.parameters()], self.mean))
+
+
+def _done(bucket, average):
+    """What a hook answers that has waited for its peers itself."""
+    buffer = bucket.buffer()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer.copy_(torch.from_numpy(average)))
+    return done
 
 
 class Carrier(nn.Module):

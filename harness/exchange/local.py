@@ -6,15 +6,17 @@ alone that exchanges with nobody.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from harness.defenses.powersgd_averaged import rounds_of
 from harness.errors import DeadlineError, PeerError
 from harness.exchange.base import Exchange, Traffic, as_tensor, flat_state, load_flat_state
-from harness.wire.coded import Coded
+from harness.wire.coded import Coded, Float32
 
 
 def mean_of(gradients: list[Tensor]) -> Tensor:
@@ -42,6 +44,15 @@ class LocalExchange(Exchange):
         load_flat_state(model, states[0])
 
     def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
+        if (rounds := rounds_of(gradient)) is not None:
+            numbers = itertools.count()
+
+            def mean(vector: Float32) -> Float32:
+                kind = f"round {next(numbers)} of a gradient"
+                given = self._table.meet(kind, step, self.rank, torch.from_numpy(vector), self._deadline_s)
+                return mean_of(given).numpy()
+
+            return torch.from_numpy(rounds.average(range(len(rounds.matrices)), mean))
         mine = as_tensor(gradient).clone()
         return mean_of(self._table.meet("gradient", step, self.rank, mine, self._deadline_s))
 

@@ -26,7 +26,7 @@ from harness.exchange.base import Exchange, Traffic
 from harness.exchange.gathering import Gathering
 from harness.exchange.rendezvous import Meeting
 from harness.wire import Layout
-from harness.wire.coded import Coded
+from harness.wire.coded import Coded, Float32
 
 SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """By the name of their code."""
@@ -40,7 +40,7 @@ class ProcessGroupExchange(Exchange):
     def __init__(self, meeting: Meeting, *, device: torch.device | str = "cpu", deadline_s: float = 30.0) -> None:
         """Waits for all ranks to join. `deadline_s` is the group's timeout, of each operation."""
         self.rank, self.world_size, self.traffic = meeting.rank, meeting.world_size, Traffic()
-        self._deadline_s, self._step = deadline_s, 0
+        self._deadline_s, self._step, self._device = deadline_s, 0, torch.device(device)
         self._layout = Layout(world=meeting.world_size, parameters=(), buffers=())
         """Of the model that was started with."""
         if dist.is_initialized():
@@ -65,6 +65,15 @@ class ProcessGroupExchange(Exchange):
         """How coded gradients are averaged here."""
         assert self._meeting is not None, "not after close"
         return Gathering(run=self._meeting.agree_on_run(), rank=self.rank, layout=self._layout, traffic=self.traffic)
+
+    def mean(self, vector: Float32) -> Float32:
+        """Over the ranks; the vector is given away."""
+        summed = torch.from_numpy(vector).to(self._device)
+        dist.all_reduce(summed)
+        moved = all_reduced_bytes(summed.numel(), rank_count=self.world_size)
+        self.traffic.bytes_out += moved
+        self.traffic.bytes_in += moved
+        return summed.div_(self.world_size).cpu().numpy()
 
     @contextmanager
     def _one_line(self, wanted: str) -> Iterator[None]:

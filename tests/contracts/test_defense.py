@@ -52,6 +52,10 @@ class Seen:
     """Of each step."""
 
 
+def gradient_of(rank: int, step: int) -> Tensor:
+    return torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
 def sent_by(spec: str, rank: int) -> list[Tensor]:
     """What a rank sends at each step."""
     return [as_tensor(sent) for sent in protect(spec, rank)]
@@ -61,8 +65,7 @@ def protect(spec: str, rank: int):
     chain = load_defense(spec).fit(Model(0))
     state = chain.begin(SIZES)
     for step in range(STEPS):
-        gradient = torch.randn(ELEMENTS, generator=torch.Generator().manual_seed(10 * step + rank))
-        sent, state = chain(gradient, SIZES, state, seed=0, rank=rank, step=step)
+        sent, state = chain(gradient_of(rank, step), SIZES, state, seed=0, rank=rank, step=step)
         yield sent
 
 
@@ -152,3 +155,41 @@ def test_the_wire_carries_as_many_bytes_as_predicted(seen):
         for rank in ranks:
             assert all(low <= sent <= high for sent in rank.bytes_out[1:]), (spec, rank.bytes_out, low, high)
             assert 0 <= rank.bytes_out[0] - rank.bytes_out[1] <= (WORLD - 1) * 500 or "topk" in spec, spec
+
+
+def average_factors(place: Place) -> tuple[Seen, np.ndarray]:
+    """The averages of a rank, and its residual after the last."""
+    chain = load_defense("powersgd-averaged:2").fit(Model(0))
+    state, averages, bytes_out = chain.begin(SIZES), [], []
+    with place.open() as exchange:
+        exchange.start(Model(exchange.rank), step=0)
+        for step in range(STEPS):
+            before = exchange.traffic.bytes_out
+            sent, state = chain(gradient_of(exchange.rank, step), SIZES, state, seed=0, rank=exchange.rank, step=step)
+            averages.append(exchange.average(sent, step=step).numpy().copy())
+            bytes_out.append(exchange.traffic.bytes_out - before)
+    return Seen(averages=averages, bytes_out=bytes_out), state["0.residual"].numpy().copy()
+
+
+@pytest.mark.parametrize("kind", ["local", "allreduce", "ddp"])
+def test_factors_are_averaged_in_rounds(kind):
+    ranks, _ = run_ranks(kind, WORLD, average_factors)
+    begin = SIZES[0] + SIZES[1]
+    matrix = slice(begin, begin + SIZES[2])
+    for seen, _ in ranks:
+        for mine, first in zip(seen.averages, ranks[0][0].averages, strict=True):
+            assert np.array_equal(mine.view(np.int32), first.view(np.int32))
+            assert np.linalg.matrix_rank(mine[matrix].reshape(60, 70), tol=1e-3) == 2
+        if kind != "local":  # a ring for each of three sums
+            sums = (ELEMENTS - 60 * 70, 60 * 2, 70 * 2)
+            assert seen.bytes_out == [sum(2 * (WORLD - 1) * 4 * size // WORLD for size in sums)] * STEPS
+    # The first average, written out for all ranks at once.
+    means = torch.stack([torch.stack([gradient_of(r, step) for r in range(WORLD)]).mean(0) for step in range(STEPS)])
+    first = means[0][matrix].view(60, 70).double().numpy()
+    start = load_defense("powersgd-averaged:2").fit(Model(0)).begin(SIZES)["0.q"].numpy().reshape(70, 2)
+    basis = np.linalg.qr(first @ start)[0]
+    assert np.allclose(ranks[0][0].averages[0][matrix].reshape(60, 70), basis @ basis.T @ first, atol=1e-4)
+    # Nothing is lost: what was averaged and what all ranks keep is the mean of all that they had.
+    averaged = sum(average.astype(np.float64) for average in ranks[0][0].averages)
+    kept = np.mean([residual for _, residual in ranks], axis=0)
+    assert np.allclose(averaged + kept, means.sum(0).numpy(), atol=1e-4)

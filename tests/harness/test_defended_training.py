@@ -34,6 +34,7 @@ DEFENSES = (
     "clip-examples:0.1+noise-gaussian:1e-3+int8:rounding=stochastic",
     "dp-sgd:noise=1,clip=0.1+topk:0.5",
     "powersgd:2",
+    "powersgd-averaged:2",
 )
 
 
@@ -63,7 +64,7 @@ def trained(config: TrainConfig, run: Path | None = None, *, world: int = 1, res
 
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, defense: str) -> None:
-    config = dataclasses.replace(PLAIN, defense=defense)
+    config = dataclasses.replace(PLAIN, defense=defense, exchange="allreduce")
     whole = trained(config, world=2)
     assert not torch.equal(whole, trained(PLAIN, world=2))
     trained(dataclasses.replace(config, steps=4, checkpoint_every=2), tmp_path, world=2)
@@ -171,6 +172,8 @@ def test_what_cannot_be_defended_is_one_line() -> None:
         )
     with pytest.raises(ConfigError, match="wanted a linear layer fc9; the model has: "):
         Trainer(dataclasses.replace(PLAIN, defense="soteria:0.5,layer=fc9"), rank=0, world_size=1)
+    with pytest.raises(ConfigError, match="sums factors, which zeromq does not: take --exchange allreduce or ddp"):
+        Trainer(dataclasses.replace(PLAIN, defense="powersgd-averaged:2"), rank=0, world_size=1)
     with pytest.raises(ConfigError, match="'gauss' is not known"):
         Trainer(dataclasses.replace(PLAIN, defense="gauss"), rank=0, world_size=1)
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "lab": "Lab",
     "keys": "Keys",
     "record": "Record",
+    "tunnel": "TunnelCommand",
     "inspect": "Inspect",
     "decode": "Decode",
     "attack": "Attack",
@@ -95,3 +96,7 @@ def fail(error: BaseException | str, *, code: int) -> int:
     """Prints one line about what went wrong, and returns the exit code."""
     console.print(f"gradtap: {error}", markup=False)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

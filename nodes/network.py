@@ -18,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from nodes.errors import NetworkError
 from nodes.namespaces import inside, new_namespace
+from nodes.tunnel import address_of
 
 BRIDGE = "switch"
 HOST_INTERFACE = "eth0"
@@ -46,8 +47,11 @@ def address(index: int) -> str:
 
 
 def hosts_file(names: Sequence[str]) -> str:
-    """The names of the network in the format of /etc/hosts. Names of IPv4 addresses are also asked for in IPv6 form."""
-    addresses = {"127.0.0.1": "localhost"} | {address(index): name for index, name in enumerate(names)}
+    """The names of the network, and of a tunnel in it, in the format of /etc/hosts. Names of IPv4 addresses are also
+    asked for in IPv6 form."""
+    addresses = {"127.0.0.1": "localhost"}
+    for index, name in enumerate(names):
+        addresses |= {address(index): name, address_of(index): f"{name}-inside"}
     lines = [f"{where} {name}\n::ffff:{where} {name}" for where, name in addresses.items()]
     return "\n".join(["::1 localhost", *lines, ""])
 

@@ -21,6 +21,7 @@ from nodes.lab import CAPTURE_NAME, RESULT_NAME, LabConfig, LabResult, run_lab
 from nodes.network import address
 from nodes.node import Node, module_argv, module_environment
 from nodes.torchrun import MASTER_PORT, TORCHRUN, split_launcher, split_placement, start_apart, start_together
+from nodes.tunnel import address_of
 
 SERVER_PORTS = range(5555, 6555)
 """Of the parameter servers, in the order of their shards."""
@@ -46,6 +47,9 @@ class Lab(Command):
     """Parameter servers of the own job over ZeroMQ; 0: the ranks serve each other."""
     keys: Path | None = None
     """Folder of `gradtap keys`: the own job's ZeroMQ exchange is then encrypted by CURVE."""
+    tunnel: Path | None = None
+    """Folder of `gradtap keys`: with --hosts, all that the ranks say to each other goes through an encrypted tunnel
+    (`gradtap tunnel`), whatever their transport."""
     hosts: bool = False
     """Give each rank a host of its own, with a network namespace and an address, and join them by a switch."""
     relay: bool = False
@@ -100,6 +104,8 @@ class Lab(Command):
         if self.keys is not None and (self.command or self.train.exchange != "zeromq"):
             raise ConfigError("lab: --keys is for the own job with --exchange zeromq")
         nodes, routes = (foreign_job(self.command, hosts=self.hosts), ()) if self.command else self.own_job()
+        if self.tunnel is not None:
+            nodes = self._through_tunnel(nodes, self.tunnel)
         hosts = tuple(dict.fromkeys(node.host for node in nodes if node.host is not None))
         return LabConfig(
             nodes=nodes,
@@ -111,6 +117,24 @@ class Lab(Command):
             link_mbit=self.link_mbit,
             deadline_s=self.time_limit_s,
             echo=not self.quiet,
+        )
+
+    def _through_tunnel(self, nodes: tuple[Node, ...], keys: Path) -> tuple[Node, ...]:
+        """The same nodes, each behind its end of a tunnel, and with the first one's address in there."""
+        if not self.hosts or any(node.service for node in nodes):
+            raise ConfigError("lab: --tunnel needs --hosts, and ranks alone: no parameter servers (for these: --keys)")
+        peers = ",".join(address(rank) for rank in range(len(nodes)))
+        inside = {address(rank): address_of(rank) for rank in range(len(nodes))}
+        return tuple(
+            dataclasses.replace(
+                node,
+                argv=module_argv(
+                    "nodes.cli",
+                    *("tunnel", "--keys", str(keys.absolute()), "--rank", str(rank), "--peers", peers, "--"),
+                    *(inside.get(argument, argument) for argument in node.argv),
+                ),
+            )
+            for rank, node in enumerate(nodes)
         )
 
     def own_job(self) -> tuple[tuple[Node, ...], tuple[str, ...]]:

@@ -183,6 +183,7 @@ def test_under_curve_nothing_is_observed_and_inspect_says_why(tmp_path: Path, ca
     found = Recording(capture).inspect()
     assert found["encrypted"] and found["steps"] == []
     assert {entry["mechanism"] for entry in found["sealed"]} == {"CURVE"}
+    assert (tmp_path / "keys" / "rank1.pem").stat().st_mode & 0o777 == 0o600  # and for the tunnel
     capsys.readouterr()
     assert main(["attack", capture, "--model", "mlp:hidden=40", "--out", str(tmp_path / "attack"), "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)

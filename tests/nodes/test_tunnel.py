@@ -134,5 +134,7 @@ def test_a_gloo_job_in_a_tunnel_shows_no_gradient(keys: Path, tmp_path: Path) ->
     done = Lab(out=tmp_path / "run", num_workers=2, hosts=True, tunnel=keys, train=train).run()
     assert done.ok, done.text
     found = Recording(tmp_path / "run" / "wire.pcapng").inspect()
-    assert found["encrypted"] and found["protocols"] == ["tls"] and found["steps"] == []
+    assert found["encrypted"] and found["steps"] == []
+    # What has said nothing was not answered: the other end was not there yet.
+    assert {flow["protocol"] for flow in found["flows"] if flow["bytes"]} == {"tls"}
     assert sum(entry["bytes"] for entry in found["sealed"]) > 2 * 2 * 4 * 123_000  # both ranks' sums, at both steps

@@ -36,6 +36,8 @@ from nodes.commands.lab import Lab
 from nodes.lab import CAPTURE_NAME
 
 TRAINING, LOSS = "training", "cross_entropy"
+ALL_STAGES = (TRAINING, *STAGES)
+"""In the order in which they need each other."""
 STILL = "sgd:lr=1e-6"
 """The update rule of jobs that are attacked: the weights are to stay what they are."""
 SETTLING = 0.1
@@ -90,10 +92,10 @@ class Cell:
         return f"{slug(self.defense)}.{self.stage}.seed{self.seed}"
 
 
-def units(defenses: tuple[str, ...], seeds: int) -> list[tuple[Cell, ...]]:
+def units(defenses: tuple[str, ...], seeds: int, stages: tuple[str, ...] = ALL_STAGES) -> list[tuple[Cell, ...]]:
     """All cells, in units that one process does in order; seed by seed, so that early on there is something of all."""
     return [
-        tuple(Cell(defense=defense, stage=stage, seed=seed) for stage in (TRAINING, *STAGES))
+        tuple(Cell(defense=defense, stage=stage, seed=seed) for stage in ALL_STAGES if stage in stages)
         for seed in range(seeds)
         for defense in defenses
     ]

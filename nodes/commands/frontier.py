@@ -27,7 +27,7 @@ from harness.errors import ConfigError, GradtapError
 from nodes.commands.attack import share_of_victims
 from nodes.commands.base import Command, Result
 from nodes.console import console, table
-from nodes.frontier import Cell, Sweep, read_cell, units, work
+from nodes.frontier import ALL_STAGES, TRAINING, Cell, Sweep, read_cell, units, work
 from nodes.signals import sigterm_interrupts
 
 DEFENSES = (
@@ -57,6 +57,9 @@ class Frontier(Command):
     """Folder for frontier.csv, frontier.json, plots and index.html; cells/ has what is done."""
     defenses: tuple[str, ...] = DEFENSES
     """Chains to compare (docs/defenses.md); none for no defense."""
+    stages: tuple[str, ...] = ALL_STAGES
+    """What to measure: training (accuracy, bytes, time), initial (pictures at initialization), trained (pictures after
+    that training)."""
     model: str = "lenet"
     """What the jobs train."""
     data: str = "mnist"
@@ -97,7 +100,7 @@ class Frontier(Command):
         for name in [name for name in os.environ if name.startswith(TORCHRUN)]:
             del os.environ[name]
         sweep = self._sweep(share)
-        cells = units(tuple("" if name == "none" else name for name in self.defenses), self.seeds)
+        cells = units(tuple("" if name == "none" else name for name in self.defenses), self.seeds, self.stages)
         began = time.monotonic()
         mine = [cell for place, unit in enumerate(cells) if place % share.size == share.rank for cell in unit]
         every = [cell for unit in cells for cell in unit]
@@ -120,6 +123,10 @@ class Frontier(Command):
                 raise ConfigError(f"frontier: --{name.replace('_', '-')}: wanted at least 1, got {getattr(self, name)}")
         if not self.defenses:
             raise ConfigError("frontier: --defenses: wanted at least one; none is the name of no defense")
+        if not set(self.stages) <= set(ALL_STAGES) or not self.stages:
+            raise ConfigError(f"frontier: --stages: wanted some of {', '.join(ALL_STAGES)}, got {self.stages}")
+        if "trained" in self.stages and TRAINING not in self.stages:
+            raise ConfigError("frontier: --stages: trained needs training beside it")
         for name in self.defenses:
             load_defense("" if name == "none" else name)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

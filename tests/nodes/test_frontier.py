@@ -61,6 +61,8 @@ def test_units_cover_all_and_train_before_what_needs_it():
 def test_wrong_use_is_said_before_a_job_runs(tmp_path):
     with pytest.raises(ConfigError, match="--seeds: wanted at least 1"):
         Frontier(out=tmp_path, seeds=0).run()
+    with pytest.raises(ConfigError, match="trained needs training"):
+        Frontier(out=tmp_path, stages=("trained",)).run()
     with pytest.raises(ConfigError, match="'prun' is not known"):
         Frontier(out=tmp_path, defenses=("prun:0.5",)).run()
 

@@ -4,7 +4,8 @@ The last layer alone gives the features and the label (`attack.engine.last_layer
 same few numbers. From there the pixels are found by Gauss-Newton (`attack.engine.gauss_newton`) on two kinds of
 equations, each in units of its own error: the features' inputs, which are nearly linear in the pixels, and every other
 element of the gradient, as far as it is known. An element that was not sent counts as zero within its threshold where
-the defense implies one, and not at all elsewhere. What all that leaves open, a prior on pictures fills.
+the defense implies one, and not at all elsewhere. What all that leaves open, a prior on pictures fills. Of a batch that
+came at several steps, all say the same of the pixels: noise, drawn anew for each, averages out.
 
 Differs from published attacks on such gradients, which match what was sent as if it were the gradient, or by its
 direction alone.
@@ -15,6 +16,7 @@ arXiv 1906.08935, sections 5.1 and 5.2, against an attacker who does not adapt.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -23,21 +25,21 @@ from torch import Tensor, nn
 
 from attack.algorithms.base import Answer
 from attack.algorithms.gauss_newton import LAGGING, OPEN, prior_of
-from attack.engine.chain import Link, NoChain, trace
+from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context, Progress
 from attack.engine.direct import Anchored, Direct
 from attack.engine.features import NoFeatures
 from attack.engine.film import Film
 from attack.engine.gauss_newton import Settings, minimize, spread
-from attack.engine.last_layer import CoarseFeatures, read_coarsely
+from attack.engine.last_layer import read_coarsely, read_label
 from attack.engine.layers import RESHAPES, activation
 from attack.engine.tangents import Tangents, check_order
 from attack.engine.target import Target
 from attack.engine.walk import prior_below
 
-SETTINGS = Settings(steps=20, iterations=150)
+SETTINGS = Settings(steps=20, iterations=150, patient=True)
 """Rounded gradients take 4 to 6 steps; pruned ones, some of whose equations are exact, 9 or more."""
-WRITTEN_OUT = Settings(steps=20, goal=1e-2)
+WRITTEN_OUT = Settings(steps=20, goal=1e-2, patient=True)
 """Where the linear systems are written out, as some equations are a million times more exact than others: conjugate
 gradients alone then stop so short that of a gradient pruned by 80 % the picture came out three times further off."""
 DOUBT = 3.0
@@ -54,17 +56,20 @@ def coarse(target: Target, context: Context) -> Answer:
     if target.batch_size != 1:
         return Answer(inputs=None, labels=None, reason="a gradient known coarsely is inverted for one example alone")
     try:
-        links = trace(target.model, target.input_shape)
-        last = links[-1].module
-        if not isinstance(last, nn.Linear) or last.bias is None:
-            raise NoFeatures("the last layer is not linear with a bias")
-        mean, variance = prior_below(links[:-1], target)
-        features = read_coarsely(target, last, mean=mean, variance=variance)
+        label = read_label([target, *target.again])
+        first, direct = _equations(target, label)
     except (NoChain, NoFeatures) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
-    rows, direct = _equations(target, links, features)
-    settings = SETTINGS if direct is None else WRITTEN_OUT
-    label, film = features.label, Film()
+    parts = [first]
+    for other in target.again:
+        with contextlib.suppress(NoChain, NoFeatures):
+            parts.append(_equations(other, label)[0])
+            direct = None  # that of one step alone is no preconditioner for many
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in parts])
+
+    settings, film = SETTINGS if direct is None else WRITTEN_OUT, Film()
     low, high = target.input_range
     last_two = [torch.full((1, *target.input_shape), (low + high) / 2, dtype=torch.float64, device=target.device)] * 2
 
@@ -102,11 +107,18 @@ def coarse(target: Target, context: Context) -> Answer:
     )
 
 
-def _equations(
-    target: Target, links: list[Link], features: CoarseFeatures
-) -> tuple[Callable[[Tensor], Tensor], Direct | None]:
+def _equations(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor], Direct | None]:
     """What the features and all layers below the last say of an input; and what solves its linear systems exactly,
-    where that can be had."""
+    where that can be had.
+
+    Raises: NoChain, NoFeatures.
+    """
+    links = trace(target.model, target.input_shape)
+    last = links[-1].module
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise NoFeatures("the last layer is not linear with a bias")
+    mean, variance = prior_below(links[:-1], target)
+    features = read_coarsely(target, last, mean=mean, variance=variance, label=label)
     below, value, deviation = list(links[:-1]), features.values, features.deviation
     while below:
         function = activation(below[-1].module)
@@ -123,7 +135,7 @@ def _equations(
         outputs = x
         for link in below:
             outputs = link.module(outputs)
-        seen = target.mismatch(x, features.label, differentiable=True)[:rest]
+        seen = target.mismatch(x, label, differentiable=True)[:rest]
         return torch.cat([((outputs.flatten(1) - value) / deviation).flatten(), seen * weights])
 
     exact = (target.known > 0) & (target.bound == 0)
@@ -131,7 +143,7 @@ def _equations(
         return rows, None
     try:
         check_order(links, target.model)
-        tangents = Tangents(links, len(below), target.loss, features.label)
+        tangents = Tangents(links, len(below), target.loss, label)
     except NoChain:
         return rows, None
     scales = torch.cat([deviation.flatten().reciprocal(), weights])

@@ -52,6 +52,8 @@ class Settings:
     """The first s; None: the mean square of the rows at the start."""
     floor: float = 1.0
     """The last s."""
+    patient: bool = False
+    """Whether to go on until `done` where the residual no longer falls, as the prior may still move what is open."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +110,8 @@ def minimize(
             break
         at, quadratic = Jacobian(rows, x), prior.at(x)
         size = float(at.value.square().mean())
-        if size > STALLED * before and (inflation == settings.floor or inflation < size):
+        stalled = size > STALLED * before and (inflation == settings.floor or inflation < size)
+        if stalled and (done(x) or not settings.patient):
             break  # what is left is not an error of the linearization
         before, first = size, size if settings.inflation is None else settings.inflation
         inflation = max(settings.floor, min(inflation / FALL, BELOW * size) if taken else first)

@@ -14,6 +14,7 @@ Differs from `attack.engine.features`, which takes batches apart, but asks for a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +44,20 @@ class CoarseFeatures:
 
 
 @torch.no_grad()
-def read_coarsely(target: Target, last: nn.Linear, *, mean: float, variance: float) -> CoarseFeatures:
+def read_coarsely(
+    target: Target, last: nn.Linear, *, mean: float, variance: float, label: Tensor | None = None
+) -> CoarseFeatures:
     """The one example behind the gradient.
 
     Args:
         last: the last layer, whose parameters are the last.
         mean, variance: of a feature before anything is seen.
+        label: int64, shape (1,); None: it is read.
 
     Raises: NoFeatures: no one example explains the layer's gradient.
     """
     fit = _Fit(target, last, mean, variance)
-    label = _label(target, fit)
+    label = read_label([target]) if label is None else label
     features = fit.start(label)
     damping, value = FIRST_DAMPING, fit.value(features, label)
     for _ in range(STEPS):
@@ -139,12 +143,14 @@ class _Fit:
         return error, probabilities
 
 
-def _label(target: Target, fit: _Fit) -> Tensor:
-    """The class whose bias has the most negative gradient: of one example, the only one below zero. Raises:
-    NoFeatures."""
-    if target.labels is not None:
-        return target.labels
-    seen = torch.where(fit.w_bias > 0, fit.d_bias, 0.0)
-    if not seen.min() < 0:
+def read_label(targets: Sequence[Target]) -> Tensor:
+    """The class whose bias has the most negative gradient: of one example, the only one below zero. Of several steps of
+    one example their mean, each weighed by how well it is known. Raises: NoFeatures."""
+    if targets[0].labels is not None:
+        return targets[0].labels
+    weights = torch.stack([target.tensors(target.noise)[-1].square().reciprocal() for target in targets])
+    seen = torch.stack([target.tensors(target.gradient)[-1] for target in targets])
+    mean = (weights * seen).sum(0) / weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
+    if not mean.min() < 0:
         raise NoFeatures("no class has a negative gradient in the last layer's bias, as far as it was seen")
-    return seen.argmin()[None]
+    return mean.argmin()[None]

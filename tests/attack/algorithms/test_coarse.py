@@ -96,6 +96,26 @@ def test_a_known_law_of_noise_is_an_error_of_that_size():
     assert found.inputs is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
 
 
+def test_noise_averages_out_over_steps_of_one_batch():
+    seen, inputs, labels = observed(4)
+    spec = "noise-gaussian:3e-3"
+    noisy = [
+        dataclasses.replace(
+            seen,
+            step=step,
+            defense=spec,
+            gradient=load_defense(spec)(seen.gradient, (), {}, seed=1, rank=0, step=step)[0],
+        )
+        for step in range(6)
+    ]
+    alone = reconstruct(noisy[0], KNOWLEDGE, method="coarse", deadline_s=60)
+    found = reconstruct(dataclasses.replace(noisy[0], again=tuple(noisy[1:])), KNOWLEDGE, method="coarse")
+    assert found.inputs is not None and found.labels is not None and found.labels.equal(labels), found.reason
+    assert found.predicted_mse is not None and error(found.inputs, inputs) < found.predicted_mse
+    assert alone.inputs is None or error(found.inputs, inputs) < 0.5 * error(alone.inputs, inputs)
+    assert found.steps == tuple(range(6))
+
+
 @pytest.mark.parametrize("spec", ["int8", "prune:0.8", "qsgd:7"])
 def test_features_are_as_far_off_as_they_are_said_to_be(spec):
     seen, inputs, labels = observed(3)

@@ -21,6 +21,7 @@ from attack.algorithms import Reconstruction
 from attack.errors import AnswerError
 from attack.files import write_atomically
 from attack.observation import EVERYONE
+from attack.shades import Shades
 
 ANSWER, TENSORS, PICTURES = "attack.json", "reconstructions.safetensors", "pictures"
 HISTORY_POINTS = 100
@@ -60,9 +61,12 @@ def write_answer(
     out: Path,
     answer: Mapping[str, Any],
     reconstructions: Sequence[Reconstruction],
-    input_range: tuple[float, float],
+    shades: Shades | None,
 ) -> dict[str, Any]:
     """Pictures and tensors first, `attack.json` last: where it stands, the answer is whole.
+
+    Args:
+        shades: black and white of the pictures; None: of each its own.
 
     Returns: what `attack.json` holds: plain values, NaN and infinities as None.
     """
@@ -80,7 +84,7 @@ def write_answer(
             tensors[f"{name}.frames"] = found.frames.contiguous()
             tensors[f"{name}.frame_iterations"] = torch.tensor(found.frame_iterations)
         for index, example in enumerate(found.inputs):
-            picture = to_picture(example, input_range)
+            picture = to_picture(example, shades)
             if picture is not None:
                 write_atomically(out / PICTURES / f"{name}.example{index}.png", to_png(picture))
     write_atomically(out / TENSORS, safetensors.torch.save(tensors))
@@ -121,12 +125,12 @@ def read_tensors(path: Path, *, hint: str) -> dict[str, Tensor]:
         raise AnswerError(f"{path}: damaged, or not safetensors ({error}); {hint}") from error
 
 
-def to_picture(example: Tensor, input_range: tuple[float, float]) -> Image.Image | None:
-    """An example as a picture, its range mapped to black and white; None for a shape that is not one."""
+def to_picture(example: Tensor, shades: Shades | None) -> Image.Image | None:
+    """An example as a picture; None for a shape that is not one. Without shades, from its least to its greatest
+    value."""
     if example.ndim != 3 or example.shape[0] not in (1, 3):
         return None
-    low, high = input_range
-    unit = ((example.float() - low) / (high - low)).nan_to_num().clamp(0, 1)
+    unit = (shades or Shades.own(example)).unit(example.float()).nan_to_num().clamp(0, 1)
     pixels = (unit * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 

@@ -18,6 +18,7 @@ from attack.answer import ANSWER, TENSORS, read_json, read_tensors, to_plain, vi
 from attack.errors import AnswerError
 from attack.files import write_atomically
 from attack.metrics import score
+from attack.shades import Shades
 from attack.truth import FOLDER, read_truth
 
 EVALUATION = "evaluation.json"
@@ -46,13 +47,13 @@ def evaluate(run: Path, *, truth: Path | None = None) -> dict[str, Any]:
     answer = read_json(folder / ANSWER, hint=redo)
     tensors = read_tensors(folder / TENSORS, hint=redo)
     try:
-        low, high = answer["knowledge"]["input_range"]
-        victims = [_victim(entry, tensors, truth or run / FOLDER, (low, high)) for entry in answer["victims"]]
+        shades = Shades.of(answer["knowledge"])
+        victims = [_victim(entry, tensors, truth or run / FOLDER, shades) for entry in answer["victims"]]
     except (KeyError, TypeError) as error:
         raise AnswerError(f"{folder / ANSWER}: {error!r} is not as an attack writes it; {redo}") from error
     evaluation: dict[str, Any] = to_plain(
         {
-            "data_range": [low, high],
+            "data_range": "the truth's own" if shades is None else [shades.black.tolist(), shades.white.tolist()],
             "ssim_settings": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5; mean over channels",
             "victims": victims,
             **_summary(victims),
@@ -63,7 +64,7 @@ def evaluate(run: Path, *, truth: Path | None = None) -> dict[str, Any]:
 
 
 def _victim(
-    entry: dict[str, Any], tensors: dict[str, Tensor], truth_folder: Path, input_range: tuple[float, float]
+    entry: dict[str, Any], tensors: dict[str, Tensor], truth_folder: Path, shades: Shades | None
 ) -> dict[str, Any]:
     name = victim_name(entry["rank"], entry["step"])
     kept = {key: entry.get(key) for key in KEPT}
@@ -73,7 +74,14 @@ def _victim(
         truth_folder, rank=entry["rank"], step=entry["step"], ranks=entry["observation"].get("ranks", ())
     )
     try:
-        found = score(tensors[f"{name}.inputs"], tensors[f"{name}.labels"], inputs, labels, input_range=input_range)
+        known = shades or Shades.own(inputs)
+        found = score(
+            tensors[f"{name}.inputs"],
+            tensors[f"{name}.labels"],
+            inputs,
+            labels,
+            input_range=(known.black, known.white),
+        )
     except ValueError as error:
         raise AnswerError(f"{truth_folder / name}: {error}; is it the truth of this capture?") from error
     return kept | {

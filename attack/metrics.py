@@ -10,11 +10,13 @@ import dataclasses
 import math
 import statistics
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+InputRange = tuple[float, float] | tuple[Tensor, Tensor]
+"""Lowest and highest value: of all elements, or by channel, shape (channels, 1, 1)."""
 
 MAX_PSNR_DB = 200.0
 """Given for equal pictures, whose PSNR is infinite: a number that JSON, a table and a median can hold."""
@@ -51,7 +53,7 @@ class Score:
 
 
 def score(
-    inputs: Tensor, labels: Tensor, true_inputs: Tensor, true_labels: Tensor, *, input_range: tuple[float, float]
+    inputs: Tensor, labels: Tensor, true_inputs: Tensor, true_labels: Tensor, *, input_range: InputRange
 ) -> Score:
     """Compares a batch with the truth, each example with the one that the best matching gives it.
 
@@ -92,15 +94,15 @@ def mse(picture: Tensor, truth: Tensor) -> float:
     return float((picture.double() - truth.double()).square().mean())
 
 
-def psnr_db(picture: Tensor, truth: Tensor, *, input_range: tuple[float, float]) -> float:
+def psnr_db(picture: Tensor, truth: Tensor, *, input_range: InputRange) -> float:
     """10 log10(range^2 / mse) in dB, at most `MAX_PSNR_DB`. The data range is the declared input range, not the span of
     either picture."""
-    error = mse(picture, truth)
     span = input_range[1] - input_range[0]
-    return min(MAX_PSNR_DB, 10 * math.log10(span**2 / error)) if error else MAX_PSNR_DB
+    error = mse(picture / span, truth / span)
+    return min(MAX_PSNR_DB, -10 * math.log10(error)) if error else MAX_PSNR_DB
 
 
-def ssim(picture: Tensor, truth: Tensor, *, input_range: tuple[float, float]) -> float | None:
+def ssim(picture: Tensor, truth: Tensor, *, input_range: InputRange) -> float | None:
     """Structural similarity, mean over channels and positions; None for what is not (channels, height, width).
 
     The settings of Wang et al. 2004: Gaussian window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, covariances
@@ -109,13 +111,13 @@ def ssim(picture: Tensor, truth: Tensor, *, input_range: tuple[float, float]) ->
     """
     if picture.ndim != 3 or min(picture.shape[1:]) < 3:
         return None
-    side = min(picture.shape[1:])
+    side, span = min(picture.shape[1:]), input_range[1] - input_range[0]
     window = {"gaussian_weights": True, "sigma": 1.5} if side >= 11 else {"win_size": min(7, side - 1 + side % 2)}
     return float(
         structural_similarity(
-            picture.double().numpy(),
-            truth.double().numpy(),
-            data_range=float(np.subtract(*input_range[::-1])),
+            ((picture - input_range[0]) / span).double().numpy(),
+            ((truth - input_range[0]) / span).double().numpy(),
+            data_range=1.0,
             channel_axis=0,
             use_sample_covariance=False,
             **window,

@@ -161,6 +161,9 @@ class Knowledge:
     """How they are read as text, as `harness.models.load_tokenizer` reads it; no attack needs it."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Lowest and highest value of an input element, in model input units."""
+    normalize: str | None = None
+    """How the job normalizes pictures from 0 to 1, as `harness.models.load_normalize` reads it; `unknown`: it may do
+    so. Pictures and scores are then in units of the pictures; None: in those of `input_range`."""
     batch_size: int | None = None
     """Examples in a rank's batch."""
     labels: tuple[int, ...] | None = None

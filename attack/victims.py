@@ -26,6 +26,7 @@ from attack.kept import Kept, Victim
 from attack.observation import Knowledge, Observation
 from attack.pool import Tell, WorkerDied, work_in_processes
 from attack.reconstruct import DEADLINE_S, pick_device, reconstruct
+from attack.shades import Shades
 
 POLL_S = 0.2
 TELL_S = 0.5
@@ -192,7 +193,7 @@ def attack_all(
         ],
         "versions": _versions(),
     }
-    plain = write_answer(out, answer, reconstructions, knowledge.input_range)
+    plain = write_answer(out, answer, reconstructions, Shades.of(knowledge.summary()))
     kept.forget(victims)
     return plain
 

@@ -30,6 +30,9 @@ class TrainConfig:
     mnist:path=DIR, fashion-mnist:path=DIR, cifar10:path=DIR, cifar100:path=DIR, images:path=DIR,size=32x32. Text: prose
     (sentences of Python's reference), or your own with text:path=FILE,length=32,tokenizer=minilm. Any
     set: part=train for all but every fifth example, part=test for those."""
+    normalize: str = ""
+    """Mean and deviation by which pictures are normalized before the model, by channel or one for all, e.g.
+    mean=0.485/0.456/0.406,std=0.229/0.224/0.225; empty: they are from 0 to 1."""
     batch_size: int = 1
     """Examples per rank and step."""
     steps: int = 3

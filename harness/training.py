@@ -26,7 +26,7 @@ from harness.defenses import Moment, load_defense
 from harness.errors import ConfigError
 from harness.exchange.base import Exchange
 from harness.gradients import example_gradients, mean_gradient
-from harness.models import LOSSES, MODELS, load_model, load_optimizer
+from harness.models import LOSSES, MODELS, load_model, load_normalize, load_optimizer
 from harness.models.spec import parse_spec
 from harness.privacy import Accountant
 from harness.runlog import RunLog
@@ -55,6 +55,10 @@ class Trainer:
         if config.loss not in LOSSES:
             raise ConfigError(f"loss {config.loss!r} is not known; there are: {', '.join(LOSSES)}")
         self.loss = LOSSES[config.loss]
+        try:
+            self.normalize = load_normalize(config.normalize) if config.normalize else None
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         model = resolve_model(config.model, self.data, config.loss)
         self.config = config = dataclasses.replace(config, model=model)
         torch.manual_seed(derive(config.seed, "weights"))
@@ -213,7 +217,8 @@ class Trainer:
             batch_size=self.config.batch_size,
             loss=self.config.loss,
         )
-        return Batch(inputs=batch.inputs.to(self.device), labels=batch.labels.to(self.device))
+        inputs = batch.inputs if self.normalize is None else self.normalize(batch.inputs)
+        return Batch(inputs=inputs.to(self.device), labels=batch.labels.to(self.device))
 
     def _check_fit(self) -> None:
         """Finds a model that does not fit the data here, in one line, and not at step 0 in a traceback."""

@@ -26,6 +26,7 @@ from attack.observation import Knowledge, Observation
 from attack.pool import Tell, work_in_processes
 from attack.reconstruct import best_match, reconstruct
 from attack.report.pictures import still
+from attack.shades import Shades
 from attack.truth import read_truth
 
 NAIVE = "idlg"
@@ -98,17 +99,18 @@ def measure(
     else:
         for task in tasks:
             ended(task, attack(task, lambda progress: None))
+    shades = Shades.of(knowledge.summary())
     victims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     for step, rank in sealed(truth):
         true_inputs, true_labels = read_truth(truth, rank=rank, step=step)
-        shown: dict[str, Any] = {"step": step, "rank": rank, "original": still(true_inputs[0], knowledge.input_range)}
+        shown: dict[str, Any] = {"step": step, "rank": rank, "original": still(true_inputs[0], shades)}
         for attacker in Attacker:
             # Without a defense there is nothing to adapt to, or to ignore.
             answer = found.get((step, rank, attacker if defense else Attacker.ADAPTIVE), _Found())
             entry = _scored(answer, true_inputs, true_labels, knowledge.input_range)
             victims.append({"step": step, "rank": rank, "attacker": attacker.value, **entry})
-            shown[attacker] = None if answer.inputs is None else still(answer.inputs[0], knowledge.input_range)
+            shown[attacker] = None if answer.inputs is None else still(answer.inputs[0], shades)
             shown[f"{attacker}_psnr_db"] = entry["psnr_db"]
         pictures.append(shown)
     known = sum(one.known_fraction for one in seen) / len(seen) if seen else 0.0

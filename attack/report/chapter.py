@@ -16,6 +16,7 @@ from attack.answer import ANSWER, TENSORS, read_json, read_tensors, victim_name,
 from attack.evaluate import EVALUATION
 from attack.report.pictures import animation, still
 from attack.report.plot import Plot, plot
+from attack.shades import Shades
 from attack.truth import FOLDER, read_truth
 
 MAX_EXAMPLES = 16
@@ -107,12 +108,10 @@ def view(chapter: Chapter) -> View:
     evaluation = read_json(folder / EVALUATION, hint=f"run first: gradtap evaluate {chapter.run}")
     answer = read_json(folder / ANSWER, hint="run first: gradtap attack")
     tensors = read_tensors(folder / TENSORS, hint="run first: gradtap attack")
-    low, high = answer["knowledge"]["input_range"]
+    shades = Shades.of(answer["knowledge"])
     entries = {(entry["rank"], entry["step"]): entry for entry in answer["victims"]}
     victims = tuple(
-        _victim(
-            entries[scored["rank"], scored["step"]], scored, tensors, chapter.truth or chapter.run / FOLDER, (low, high)
-        )
+        _victim(entries[scored["rank"], scored["step"]], scored, tensors, chapter.truth or chapter.run / FOLDER, shades)
         for scored in evaluation["victims"]
     )
     config = _optional(chapter.run / "config.json")
@@ -136,7 +135,7 @@ def _victim(
     scored: dict[str, Any],
     tensors: dict[str, Tensor],
     truth_folder: Path,
-    input_range: tuple[float, float],
+    shades: Shades | None,
 ) -> Victim:
     name = victim_name(entry["rank"], entry["step"])
     examples: list[Example] = []
@@ -151,9 +150,9 @@ def _victim(
                 Example(
                     caption=f"step {entry['step']}, {whose(entry['rank'])}"
                     + (f", example {index + 1} of {len(scores)}" if len(scores) > 1 else ""),
-                    original=still(originals[example["true_index"]], input_range),
-                    found=still(tensors[f"{name}.inputs"][index], input_range),
-                    film=None if frames is None else animation(list(frames[:, index]), input_range),
+                    original=still(originals[example["true_index"]], shades),
+                    found=still(tensors[f"{name}.inputs"][index], shades),
+                    film=None if frames is None else animation(list(frames[:, index]), shades),
                     psnr_db=example["psnr_db"],
                     mse=example["mse"],
                     ssim=example["ssim"],

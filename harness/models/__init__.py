@@ -9,6 +9,7 @@ the user's own may carry them too.
 from harness.models.loading import MODELS, ModelError, load_model
 from harness.models.losses import IGNORED, LOSSES, Loss
 from harness.models.optimizers import OPTIMIZERS, UpdateRule, load_optimizer
+from harness.models.preprocessing import Normalize, load_normalize
 from harness.models.tokens import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "OPTIMIZERS",
     "Loss",
     "ModelError",
+    "Normalize",
     "Tokenizer",
     "Tokens",
     "UpdateRule",
     "load_model",
+    "load_normalize",
     "load_optimizer",
     "load_tokenizer",
 ]

@@ -22,6 +22,7 @@ from attack.inference.source import Source
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import DEADLINE_S
 from attack.recurrence import join_steps
+from attack.shades import input_range_of
 from attack.victims import Listener, Plan, Share, VictimProgress, attack_all
 from harness.defenses import load_defense
 from harness.errors import ConfigError
@@ -67,7 +68,10 @@ class Attack(Command):
     input_shape: str | None = None
     """Shape of one input, e.g. 3x32x32; needed where the model does not say it itself (its attribute input_shape)."""
     input_range: tuple[float, float] = (0.0, 1.0)
-    """Lowest and highest value of an input."""
+    """Lowest and highest value of an input, where it is not normalized."""
+    normalize: str | None = None
+    """Mean and deviation by which the job normalizes its pictures, by channel or one for all, e.g.
+    mean=0.485/0.456/0.406,std=0.229/0.224/0.225; or unknown, where it may do so. Left out: it does not."""
     tokenizer: str | None = None
     """For text: minilm, or the path of a tokenizer.json, to read the tokens that were found. No attack needs it."""
     batch_norm: str | None = None
@@ -101,7 +105,8 @@ class Attack(Command):
             model=self.model,
             loss=self.loss,
             input_shape=input_shape,
-            input_range=self.input_range,
+            input_range=self._range(),
+            normalize=self.normalize,
             tokens=tokens,
             tokenizer=self.tokenizer,
             batch_size=self.batch_size,
@@ -180,6 +185,17 @@ class Attack(Command):
         if shape is None:
             raise ConfigError(f"model {self.model!r} does not say its input's shape; add e.g. --input-shape 3x32x32")
         return tuple(shape), tokens
+
+    def _range(self) -> tuple[float, float]:
+        """Of the model's inputs. Raises: ConfigError."""
+        if self.normalize is None:
+            return self.input_range
+        if self.input_range != (0.0, 1.0):
+            raise ConfigError("input-range: normalize is of pictures from 0 to 1; leave out one of the two")
+        try:
+            return input_range_of(self.normalize)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _chosen(self, seen: Iterable[Observation]) -> Iterator[Observation]:
         rank = _number(r"rank:(\d+)", self.victim, "victim: wanted rank:R")

@@ -10,13 +10,14 @@ import torch
 from attack.frontier.summary import summarize
 from attack.report.frontier import write_frontier
 from attack.report.pictures import still
+from attack.shades import Shades
 from tests.attack.frontier.test_summary import leak, training, victim
 
 EVIL = "<script>alert(1)</script>"
 
 
 def test_the_page_shows_what_came_back_and_what_did_not(tmp_path: Path) -> None:
-    shot = still(torch.rand(3, 8, 8), (0.0, 1.0))
+    shot = still(torch.rand(3, 8, 8), Shades.between(0.0, 1.0))
     shown = {"original": shot, "naive": None, "naive_psnr_db": None, "adaptive": shot, "adaptive_psnr_db": 30.0}
     cells = [
         {**leak("initial", victim("naive", None), victim("adaptive", 2e-4)), "pictures": [shown]},

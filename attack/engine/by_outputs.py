@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attack.engine.chain import Link
 from attack.engine.layers import forward_matrix, pull_back, push, push_covariance
-from attack.engine.stripes import cholesky, inverse_of, lower_gram
+from attack.engine.stripes import lower_gram, whitening
 
 KNOWN = 1e-3
 """A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
@@ -46,20 +46,19 @@ class ByOutputs:
 
         noise = push_covariance(link, self._covariance, self._weight)
         noise.diagonal().add_(1 / says)
-        factor = cholesky(noise, link)
-        self._whitening = inverse_of(factor)
+        self._whitening = whitening(noise, link)
         forward = forward_matrix(link, torch.float32).view(link.outputs, self._channels, -1)
         self._forward_open = (forward @ self._open).flatten(1)  # F_o
         matrix = lower_gram((self._whitening @ self._forward_open).T)
         matrix.diagonal().add_(values[:count].float().repeat(self._channels))
-        self._factor = cholesky(matrix, link)
+        self._whitening_open = whitening(matrix, link)
 
     def solve(self, right: Tensor, rows: Tensor) -> Tensor:
         """The inverse times `right` + E'`rows`: (vectors, inputs), (vectors, channels, rows) -> (vectors, inputs)."""
         r = (right.view(len(right), self._channels, -1) + rows @ self._rows).float()
         explained = self._weigh(push(self._link, (r @ self._covariance).flatten(1), self._weight))
         free = (r @ self._open).flatten(1) - explained @ self._forward_open
-        free = torch.cholesky_solve(free.T, self._factor).T
+        free = free @ self._whitening_open.T @ self._whitening_open
         explained = explained + self._weigh(free @ self._forward_open.T)
         left = r - pull_back(self._link, explained, self._weight).view_as(r)
         known = left @ self._covariance + free.view(len(r), self._channels, -1) @ self._open.T

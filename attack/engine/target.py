@@ -138,7 +138,7 @@ class Target:
             loss(model(inputs), labels), list(model.parameters()), allow_unused=True, materialize_grads=True
         )
         gradient = torch.cat([part.flatten() for part in parts]).double()
-        if generator is not None:
+        if generator is not None and self.bound.any():
             uniform = 2 * torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype) - 1
             gradient = gradient + self.bound * uniform.to(self.device)
         return dataclasses.replace(self, gradient=gradient * self.known)

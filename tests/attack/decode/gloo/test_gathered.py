@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from attack.capture.streams import Data, Gap
 from attack.observation import Known, Observation
@@ -22,7 +23,7 @@ from tests.attack.decode.gloo.recordings import name_of, observe
 
 SHAPES = ((37, 20), (37,), (10, 37), (10,))
 SIZES = tuple(map(math.prod, SHAPES))
-SPECS = ("prune:0.5", "topk:0.8", "int8", "qsgd:7", "ternary", "sign")
+SPECS = ("prune:0.5", "topk:0.8", "int8", "qsgd:7", "ternary", "sign", "powersgd:2")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,7 +43,9 @@ class GatheringJob(PaperJob):
         else:
             weights = self.generator.standard_normal(layout.parameter_count).astype("<f4")
             self._broadcast(weights.tobytes())
-        chain = load_defense(self.spec)
+        model = nn.Module()
+        model.parts = nn.ParameterList([torch.zeros(shape) for shape in self.shapes])
+        chain = load_defense(self.spec).fit(model)
         states = [chain.begin(SIZES) for _ in range(self.world)]
         ends, total = np.cumsum(SIZES), layout.parameter_count
         for step in range(self.steps):

@@ -23,6 +23,10 @@ from attack.frontier.summary import LEAKED, STAGES, below, key
 from attack.report.page import number
 
 PAGE = "index.html"
+NAMES = 6
+"""Defenses in a line of a plot's key."""
+NEAR = 0.04
+"""Of a plot's width and height, within which points share a label."""
 SHOWN = 6
 """Pictures of one defense and stage on the page."""
 COLORS = {Attacker.NAIVE: "#b9770e", Attacker.ADAPTIVE: "#0b6e8c"}
@@ -109,7 +113,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float,
     """An SVG of two panels, a stage each: the share of pictures read back over `what`, both attackers of a defense
     joined by a line."""
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "svg.hashsalt": "gradtap"}):
-        figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+        figure = Figure(figsize=(10.5, 4.9), layout="constrained")
         panels = figure.subplots(1, len(STAGES), sharey=True)
         for stage, axes in zip(STAGES, panels, strict=True):
             _panel(axes, rows, stage, what, unit)
@@ -120,9 +124,13 @@ def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float,
                 axes.set_xticks([2, 5, 10, 20, 50, 100])
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
+            _label(axes, rows, stage, what, unit)
         panels[0].set_ylabel(f"pictures with mean squared error below {LEAKED:g}, %")
+        names = [f"{place} {row['defense']}" for place, row in enumerate(rows, 1)]
+        lines = ["    ".join(names[first : first + NAMES]) for first in range(0, len(names), NAMES)]
+        figure.supxlabel("\n".join(lines), fontsize=8, color="#5c6670")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -139,20 +147,39 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], stage: str, what: str,
         axes.errorbar(x, y, yerr=(low, high), fmt="none", ecolor=COLORS[attacker], alpha=0.25, linewidth=1)
         marker = "o" if attacker is Attacker.ADAPTIVE else "x"
         axes.plot(x, y, marker, color=COLORS[attacker], markersize=6, label=f"{attacker} attacker", zorder=3)
-    for place, (across, up, row) in enumerate(sorted(zip(x, y, shown, strict=True), key=lambda point: point[0])):
-        above = 100 * row[key(stage, Attacker.ADAPTIVE, below(LEAKED))]
-        axes.plot([across, across], [up, above], color="#9aa5b1", linewidth=0.8, zorder=1)
-        axes.annotate(
-            row["defense"],
-            (across, above),
-            textcoords="offset points",
-            xytext=(3, 5 + 9 * (place % 3)),
-            fontsize=7,
-            color="#1d2126",
-        )
-    axes.set_ylim(-4, 122)
+    for row in shown:
+        naive, adaptive = (100 * row[key(stage, attacker, below(LEAKED))] for attacker in Attacker)
+        axes.plot([unit * row[what]] * 2, [naive, adaptive], color="#9aa5b1", linewidth=0.8, zorder=1)
+    axes.set_ylim(-4, 112)
+    axes.margins(x=0.06)
     axes.set_yticks(range(0, 101, 20))
     axes.grid(color="#dcdfe3", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _label(axes: Axes, rows: Sequence[Mapping[str, Any]], stage: str, what: str, unit: float) -> None:
+    """The rows' numbers at the adaptive attacker's points, those of points that lie on each other together."""
+    groups: list[tuple[float, float, list[int]]] = []
+    for place, row in enumerate(rows, 1):
+        share = row[key(stage, Attacker.ADAPTIVE, below(LEAKED))]
+        if row[what] is None or share is None:
+            continue
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((unit * row[what], 100 * share)))
+        near = [group for group in groups if abs(group[0] - across) < NEAR and abs(group[1] - up) < NEAR]
+        if near:
+            near[0][2].append(place)
+        else:
+            groups.append((across, up, [place]))
+    for across, up, places in groups:
+        axes.annotate(
+            ", ".join(map(str, places)),
+            (across, up),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            xytext=(0, 6),
+            ha="center",
+            fontsize=8,
+            color="#1d2126",
+        )

@@ -31,8 +31,8 @@ from nodes.frontier import ALL_STAGES, TRAINING, Cell, Sweep, read_cell, units, 
 from nodes.signals import sigterm_interrupts
 
 DEFENSES = (
-    "", "fp16", "int8", "prune:0.3", "prune:0.7", "prune:0.9", "prune:0.99", "topk-dgc:0.99", "qsgd:7", "ternary",
-    "sign", "noise-gaussian:1e-4", "noise-gaussian:1e-3", "noise-gaussian:1e-2", "noise-gaussian:1e-1",
+    "none", "int8", "prune:0.3", "prune:0.8", "prune:0.9", "prune:0.99", "topk-dgc:0.99", "ternary", "sign",
+    "noise-gaussian:1e-3", "noise-gaussian:1e-2", "noise-gaussian:1e-1",
 )  # fmt: skip
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
 """How the names begin by which torchrun tells a rank its place: a job that this rank starts is not to know it."""
@@ -82,7 +82,7 @@ class Frontier(Command):
     """What the jobs talk over: zeromq, allreduce or ddp."""
     deadline_s: float = 60.0
     """Longest time of the adaptive attack on one picture, in seconds."""
-    naive_deadline_s: float = 15.0
+    naive_deadline_s: float = 8.0
     """The same of the naive one."""
     processes: int | None = None
     """Pictures attacked at once; left out: one for each core."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import Tensor
 from attack.answer import ANSWER, TENSORS, read_json, read_tensors, to_plain, victim_name
 from attack.errors import AnswerError
 from attack.files import write_atomically
-from attack.metrics import score
+from attack.metrics import Score, score
 from attack.shades import Shades
+from attack.text_metrics import ROUGE, score_text
 from attack.truth import FOLDER, read_truth
+from harness.models import Tokens, load_tokenizer
 
 EVALUATION = "evaluation.json"
 KEPT = (
@@ -47,64 +51,103 @@ def evaluate(run: Path, *, truth: Path | None = None) -> dict[str, Any]:
     answer = read_json(folder / ANSWER, hint=redo)
     tensors = read_tensors(folder / TENSORS, hint=redo)
     try:
-        shades = Shades.of(answer["knowledge"])
-        victims = [_victim(entry, tensors, truth or run / FOLDER, shades) for entry in answer["victims"]]
+        judge = judge_of(answer["knowledge"])
+        victims = [_victim(entry, tensors, truth or run / FOLDER, judge) for entry in answer["victims"]]
     except (KeyError, TypeError) as error:
         raise AnswerError(f"{folder / ANSWER}: {error!r} is not as an attack writes it; {redo}") from error
-    evaluation: dict[str, Any] = to_plain(
-        {
-            "data_range": "the truth's own" if shades is None else [shades.black.tolist(), shades.white.tolist()],
-            "ssim_settings": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5; mean over channels",
-            "victims": victims,
-            **_summary(victims),
-        }
-    )
+    evaluation: dict[str, Any] = to_plain({**judge.settings, "victims": victims, **_summary(victims, judge)})
     write_atomically(folder / EVALUATION, json.dumps(evaluation, indent=1, allow_nan=False))
     return evaluation
 
 
-def _victim(
-    entry: dict[str, Any], tensors: dict[str, Tensor], truth_folder: Path, shades: Shades | None
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """What an answer is measured by."""
+
+    metrics: tuple[str, ...]
+    """Of a victim; the first is there where any is."""
+    score: Callable[[Tensor, Tensor, Tensor, Tensor], Any]
+    """Inputs and labels of an answer, then of the truth -> a value with `metrics` and `examples`."""
+    good: Callable[[dict[str, Any]], bool]
+    """Whether a victim with metrics counts as read back."""
+    settings: dict[str, Any]
+    """What the file says of how it was measured."""
+    tokens: Tokens | None = None
+    """Where the inputs are tokens."""
+
+
+def judge_of(knowledge: dict[str, Any]) -> Judge:
+    """Raises: KeyError, TypeError: this is not as an attack writes it. AnswerError: its tokenizer is missing."""
+    if knowledge.get("tokens") is not None:
+        tokens, name = Tokens(**knowledge["tokens"]), knowledge.get("tokenizer")
+        try:
+            reader = None if name is None else load_tokenizer(name)
+        except ValueError as error:
+            raise AnswerError(str(error)) from error
+        return Judge(
+            metrics=("token_accuracy", "exact", "sentences", *ROUGE, "label_ok"),
+            score=partial(score_text, tokens=tokens, reader=reader),
+            good=lambda victim: bool(victim["exact"] == victim["sentences"] and victim["label_ok"]),
+            settings={
+                "rouge_settings": "rouge-score, F1, no stemming; without a tokenizer of tokens in place of words",
+                "read_back_means": "every sentence exact, token for token, and every label right",
+            },
+            tokens=tokens,
+        )
+    shades = Shades.of(knowledge)
+    return Judge(
+        metrics=("psnr_db", "mse", "ssim", "label_ok"),
+        score=partial(_score_pictures, shades),
+        good=lambda victim: bool(victim["psnr_db"] >= GOOD_PSNR_DB and victim["label_ok"]),
+        settings={
+            "data_range": "the truth's own" if shades is None else [shades.black.tolist(), shades.white.tolist()],
+            "ssim_settings": "Wang et al. 2004: Gaussian window 11 x 11, sigma 1.5; mean over channels",
+            "read_back_means": f"PSNR at least {GOOD_PSNR_DB:g} dB and every label right",
+        },
+    )
+
+
+def _score_pictures(
+    shades: Shades | None, inputs: Tensor, labels: Tensor, true_inputs: Tensor, true_labels: Tensor
+) -> Score:
+    known = shades or Shades.own(true_inputs)
+    return score(inputs, labels, true_inputs, true_labels, input_range=(known.black, known.white))
+
+
+def _victim(entry: dict[str, Any], tensors: dict[str, Tensor], truth_folder: Path, judge: Judge) -> dict[str, Any]:
     name = victim_name(entry["rank"], entry["step"])
     kept = {key: entry.get(key) for key in KEPT}
     if f"{name}.inputs" not in tensors:
-        return kept | {"psnr_db": None, "mse": None, "ssim": None, "label_ok": None, "examples": None}
+        return kept | dict.fromkeys((*judge.metrics, "examples"))
     inputs, labels = read_truth(
-        truth_folder, rank=entry["rank"], step=entry["step"], ranks=entry["observation"].get("ranks", ())
+        truth_folder,
+        rank=entry["rank"],
+        step=entry["step"],
+        ranks=entry["observation"].get("ranks", ()),
+        tokens=judge.tokens,
     )
     try:
-        known = shades or Shades.own(inputs)
-        found = score(
-            tensors[f"{name}.inputs"],
-            tensors[f"{name}.labels"],
-            inputs,
-            labels,
-            input_range=(known.black, known.white),
-        )
+        found = judge.score(tensors[f"{name}.inputs"], tensors[f"{name}.labels"], inputs, labels)
     except ValueError as error:
         raise AnswerError(f"{truth_folder / name}: {error}; is it the truth of this capture?") from error
     return kept | {
-        "psnr_db": found.psnr_db,
-        "mse": found.mse,
-        "ssim": found.ssim,
-        "label_ok": found.label_ok,
+        **{metric: getattr(found, metric) for metric in judge.metrics},
         "examples": [dataclasses.asdict(example) for example in found.examples],
     }
 
 
-def _summary(victims: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(victims: list[dict[str, Any]], judge: Judge) -> dict[str, Any]:
     statuses = [victim["status"] for victim in victims]
-    scored = [victim for victim in victims if victim["psnr_db"] is not None]
+    scored = [victim for victim in victims if victim[judge.metrics[0]] is not None]
+    numbers = [name for name in judge.metrics if name != "label_ok"]
     return {
         "counts": {
             "victims": len(victims),
             **{status: statuses.count(status) for status in ("converged", "filled", "not_converged", "not_observed")},
-            "read_back": sum(victim["psnr_db"] >= GOOD_PSNR_DB and victim["label_ok"] for victim in scored),
+            "read_back": sum(judge.good(victim) for victim in scored),
         },
-        "read_back_means": f"PSNR at least {GOOD_PSNR_DB:g} dB and every label right",
         "medians": {
             key: statistics.median(values) if (values := [v[key] for v in scored if v[key] is not None]) else None
-            for key in ("psnr_db", "mse", "ssim", "seconds", "cpu_seconds", "gradient_residual", "predicted_mse")
+            for key in (*numbers, "seconds", "cpu_seconds", "gradient_residual", "predicted_mse")
         },
     }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attack.algorithms import METHODS, TEXT_METHODS, Answer, Reconstruction, Status
+from attack.algorithms import METHODS, TEXT_METHODS, TEXT_ONLY, Answer, Reconstruction, Status
 from attack.certificate import certify
 from attack.engine.context import Context, Progress
 from attack.engine.target import Refused, Target, prepare
@@ -71,6 +71,8 @@ def reconstruct(
         fields["batch_norm"] = target.batch_norm
         if target.tokens is not None and method not in TEXT_METHODS:
             raise AttackError(f"method {method!r} is for pictures; for text there are: {', '.join(TEXT_METHODS)}")
+        if target.tokens is None and method in TEXT_ONLY:
+            raise AttackError(f"method {method!r} is for text, and model {knowledge.model!r} takes no tokens")
         fields |= judge(target, METHODS[method](target, context), context)
     except Refused as refused:
         fields["status"] = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attack.algorithms import METHODS, Status
+from attack.algorithms import METHODS, Reconstruction, Status
 from attack.answer import describe, to_plain, write_answer
 from attack.engine.context import Progress
 from attack.errors import AnswerError, AttackError
@@ -27,6 +27,7 @@ from attack.observation import Knowledge, Observation
 from attack.pool import Tell, WorkerDied, work_in_processes
 from attack.reconstruct import DEADLINE_S, pick_device, reconstruct
 from attack.shades import Shades
+from harness.models import load_tokenizer
 
 POLL_S = 0.2
 TELL_S = 0.5
@@ -188,7 +189,7 @@ def attack_all(
         "seconds": time.monotonic() - began,
         "knowledge": knowledge.summary(),
         "victims": [
-            describe(found) | {"observation": victim.summary}
+            describe(found) | {"observation": victim.summary, "text": _text(found, knowledge)}
             for victim, found in zip(victims, reconstructions, strict=True)
         ],
         "versions": _versions(),
@@ -210,6 +211,14 @@ def _question(plan: Plan, device: torch.device, knowledge: Knowledge) -> dict[st
     }
     plain: dict[str, Any] = to_plain(asked)
     return plain
+
+
+def _text(found: Reconstruction, knowledge: Knowledge) -> list[str] | None:
+    """An answer's sentences in words, where its tokens are told how to be read."""
+    if found.inputs is None or knowledge.tokens is None or knowledge.tokenizer is None:
+        return None
+    reader = load_tokenizer(knowledge.tokenizer)
+    return [reader.decode(row) for row in knowledge.tokens.rows(found.inputs)]
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,6 @@ from attack.algorithms.unmix import unmix
 
 METHODS: dict[str, Method] = {
     "auto": auto,
-    "dager": dager,
     "rgap": rgap,
     "unmix": unmix,
     "spear": spear,
@@ -29,9 +28,12 @@ METHODS: dict[str, Method] = {
     "dlg": dlg,
     "inverting-gradients": inverting_gradients,
     "gradinversion": gradinversion,
+    "dager": dager,
 }
 
-TEXT_METHODS = frozenset({"auto", "dager"})
-"""Those that serve models of tokens; all but `dager` are for pictures."""
+TEXT_ONLY = ("dager",)
+"""Those for models of tokens alone."""
+TEXT_METHODS = ("auto", *TEXT_ONLY)
+"""Those that serve models of tokens."""
 
-__all__ = ["METHODS", "TEXT_METHODS", "Answer", "Method", "Reconstruction", "Status"]
+__all__ = ["METHODS", "TEXT_METHODS", "TEXT_ONLY", "Answer", "Method", "Reconstruction", "Status"]

@@ -193,7 +193,10 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     if knowledge.loss not in LOSSES:
         raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
 
-    model, batch_norm, statistics = _model(observation, knowledge)
+    with torch.random.fork_rng(devices=[]):  # a fresh model draws weights; the caller's generator stays as it was
+        model = load_model(knowledge.model)
+    observation = _in_parts(observation, model, knowledge)
+    model, batch_norm, statistics = _model(model, observation, knowledge)
     if observation.ranks and knowledge.batch_size is not None:  # of several ranks the batches are one
         knowledge = dataclasses.replace(knowledge, batch_size=len(observation.ranks) * knowledge.batch_size)
     batch_size, classes = _fit(model, knowledge)
@@ -237,25 +240,31 @@ def _again(observation: Observation, knowledge: Knowledge, device: torch.device)
     return tuple(targets)
 
 
+def _in_parts(observation: Observation, model: nn.Module, knowledge: Knowledge) -> Observation:
+    """In the parameters' shapes. Raises: AttackError: they do not fit the traffic.
+
+    A job that exchanges one flat vector shows none; then a vector as long as the model is taken for the model's.
+    """
+    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    seen = tuple(observation.shapes)
+    if shapes != seen and not (len(seen) == 1 and sum(map(math.prod, shapes)) == math.prod(seen[0])):
+        raise AttackError(
+            f"model {knowledge.model!r} does not fit the traffic: it has {len(shapes)} parameter tensors of "
+            f"{sum(map(math.prod, shapes))} elements, the wire shows {len(seen)} of {observation.gradient.numel()}; "
+            "name the model that the job trains"
+        )
+    return dataclasses.replace(observation, shapes=shapes)
+
+
 def _model(
-    observation: Observation, knowledge: Knowledge
+    model: nn.Module, observation: Observation, knowledge: Knowledge
 ) -> tuple[nn.Module, str | None, dict[str, tuple[Tensor, Tensor]]]:
     """The model at the observed weights, what is to be said of its batch norms, and what this batch gave them.
 
     Raises: Refused, AttackError.
     """
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # a fresh model draws weights; the caller's global generator stays as it was
-        model = load_model(knowledge.model)
-    sizes = [math.prod(shape) for shape in observation.shapes]
-    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-    if shapes != tuple(observation.shapes):
-        raise AttackError(
-            f"model {knowledge.model!r} does not fit the traffic: it has {len(shapes)} parameter tensors of "
-            f"{sum(map(math.prod, shapes))} elements, the wire shows {len(observation.shapes)} of "
-            f"{observation.gradient.numel()}; name the model that the job trains"
-        )
+    shapes = observation.shapes
+    sizes = [math.prod(shape) for shape in shapes]
     if knowledge.batch_norm not in (None, *BATCH_NORM_MODES):
         raise AttackError(
             f"batch_norm: wanted {' or '.join(BATCH_NORM_MODES)}, got {knowledge.batch_norm!r}; leave it out where it "

@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from attack.answer import ANSWER, TENSORS, read_json, read_tensors, victim_name, whose
-from attack.evaluate import EVALUATION
+from attack.evaluate import EVALUATION, judge_of
+from attack.report.passages import Passage, passage
 from attack.report.pictures import animation, still
 from attack.report.plot import Plot, plot
 from attack.shades import Shades
 from attack.truth import FOLDER, read_truth
+from harness.models import load_tokenizer
 
 MAX_EXAMPLES = 16
 """Pictures shown of one batch: beyond it the page would grow by megabytes."""
@@ -27,6 +29,7 @@ METHOD_NAMES = {
     "spear": "SPEAR: a batch taken apart at the first layer, by the units that are off for each example",
     "unmix": "Unmixing: a batch taken apart layer by layer, from the features that the last layer gives away",
     "gauss-newton": "Gauss-Newton: solved from the last layer down as far as that goes, then all pixels together",
+    "dager": "DAGER (Petrov et al. 2024): tokens and sentences from the spans of the first layers' gradients",
     "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",
     "idlg": "iDLG (Zhao et al. 2020): label read, input searched",
 }
@@ -77,6 +80,8 @@ class Victim:
     facts: dict[str, Any]
     """The entry of `attack.json`."""
     examples: tuple[Example, ...]
+    passages: tuple[Passage, ...]
+    """The sentences of a batch of text."""
     hidden: int
     """Examples of the batch that are not shown."""
     plot: Plot | None
@@ -108,11 +113,10 @@ def view(chapter: Chapter) -> View:
     evaluation = read_json(folder / EVALUATION, hint=f"run first: gradtap evaluate {chapter.run}")
     answer = read_json(folder / ANSWER, hint="run first: gradtap attack")
     tensors = read_tensors(folder / TENSORS, hint="run first: gradtap attack")
-    shades = Shades.of(answer["knowledge"])
+    reading = _Reading(answer["knowledge"], tensors, chapter.truth or chapter.run / FOLDER)
     entries = {(entry["rank"], entry["step"]): entry for entry in answer["victims"]}
     victims = tuple(
-        _victim(entries[scored["rank"], scored["step"]], scored, tensors, chapter.truth or chapter.run / FOLDER, shades)
-        for scored in evaluation["victims"]
+        _victim(entries[scored["rank"], scored["step"]], scored, reading) for scored in evaluation["victims"]
     )
     config = _optional(chapter.run / "config.json")
     lab = _optional(chapter.run / "lab.json")
@@ -130,44 +134,69 @@ def view(chapter: Chapter) -> View:
     )
 
 
-def _victim(
-    entry: dict[str, Any],
-    scored: dict[str, Any],
-    tensors: dict[str, Tensor],
-    truth_folder: Path,
-    shades: Shades | None,
-) -> Victim:
-    name = victim_name(entry["rank"], entry["step"])
-    examples: list[Example] = []
-    scores = scored["examples"] or []
-    if scores:
+class _Reading:
+    """Answers beside the truth, of one recording."""
+
+    def __init__(self, knowledge: dict[str, Any], tensors: dict[str, Tensor], truth: Path) -> None:
+        self._judge, self._tensors, self._truth = judge_of(knowledge), tensors, truth
+        self._shades = Shades.of(knowledge)
+        name = knowledge.get("tokenizer")
+        self._reader = None if name is None else load_tokenizer(name)
+
+    def examples(
+        self, entry: dict[str, Any], scores: list[dict[str, Any]]
+    ) -> tuple[tuple[Example, ...], tuple[Passage, ...]]:
+        """Pictures, or sentences, of one victim."""
+        if not scores:
+            return (), ()
+        name, tokens = victim_name(entry["rank"], entry["step"]), self._judge.tokens
         originals, _ = read_truth(
-            truth_folder, rank=entry["rank"], step=entry["step"], ranks=entry["observation"].get("ranks", ())
+            self._truth,
+            rank=entry["rank"],
+            step=entry["step"],
+            ranks=entry["observation"].get("ranks", ()),
+            tokens=tokens,
         )
-        for index, example in enumerate(scores[:MAX_EXAMPLES]):
-            frames = tensors.get(f"{name}.frames")
-            examples.append(
-                Example(
-                    caption=f"step {entry['step']}, {whose(entry['rank'])}"
-                    + (f", example {index + 1} of {len(scores)}" if len(scores) > 1 else ""),
-                    original=still(originals[example["true_index"]], shades),
-                    found=still(tensors[f"{name}.inputs"][index], shades),
-                    film=None if frames is None else animation(list(frames[:, index]), shades),
-                    psnr_db=example["psnr_db"],
-                    mse=example["mse"],
-                    ssim=example["ssim"],
-                    label=int(tensors[f"{name}.labels"][index]),
-                    label_ok=example["label_ok"],
-                )
+        found, frames = self._tensors[f"{name}.inputs"], self._tensors.get(f"{name}.frames")
+        where = f"step {entry['step']}, {whose(entry['rank'])}"
+        captions = [
+            where + (f", example {index + 1} of {len(scores)}" if len(scores) > 1 else "")
+            for index in range(len(scores))
+        ]
+        if tokens is not None:
+            true, own = tokens.rows(originals), tokens.rows(found)
+            return (), tuple(
+                passage(caption, score, true[score["true_index"]], own[index], self._reader)
+                for index, (caption, score) in enumerate(zip(captions, scores, strict=True))
             )
+        return tuple(
+            Example(
+                caption=captions[index],
+                original=still(originals[example["true_index"]], self._shades),
+                found=still(found[index], self._shades),
+                film=None if frames is None else animation(list(frames[:, index]), self._shades),
+                psnr_db=example["psnr_db"],
+                mse=example["mse"],
+                ssim=example["ssim"],
+                label=int(self._tensors[f"{name}.labels"][index]),
+                label_ok=example["label_ok"],
+            )
+            for index, example in enumerate(scores[:MAX_EXAMPLES])
+        ), ()
+
+
+def _victim(entry: dict[str, Any], scored: dict[str, Any], reading: _Reading) -> Victim:
+    scores = scored["examples"] or []
+    examples, passages = reading.examples(entry, scores)
     return Victim(
         caption=f"Step {entry['step']}, {whose(entry['rank'])}",
         status=entry["status"],
         status_words=STATUS_WORDS.get(entry["status"], entry["status"]),
         method=METHOD_NAMES.get(entry["method"], entry["method"]),
         facts=entry,
-        examples=tuple(examples),
-        hidden=max(0, len(scores) - MAX_EXAMPLES),
+        examples=examples,
+        passages=passages,
+        hidden=max(0, len(scores) - len(examples) - len(passages)),
         plot=plot(entry["history"]),
     )
 
@@ -188,6 +217,8 @@ def _knowledge(knowledge: dict[str, Any]) -> list[tuple[str, str]]:
         "input_shape": " × ".join(map(str, knowledge["input_shape"])),
         "input_range": f"{low:g} to {high:g}",
     }
+    if knowledge.get("tokens") is not None:
+        shown |= {"tokens": f"{knowledge['tokens']['vocab']:,}", "input_range": "tokens"}
     return [(key.replace("_", " "), _told(value)) for key, value in shown.items()]
 
 

@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -28,6 +30,15 @@ class Tokens:
     """How many there are: 0 to vocab - 1."""
     pad: int = 0
     """The one that stands behind an example's end; attention leaves it out."""
+
+    def rows(self, batch: Tensor) -> list[list[int]]:
+        """Each example of a batch, shape (batch, length), without what stands behind its end."""
+        rows = []
+        for row in batch.tolist():
+            while row and row[-1] == self.pad:
+                row.pop()
+            rows.append(row)
+        return rows
 
 
 class MissingExtra(ValueError):

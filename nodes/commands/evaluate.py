@@ -18,6 +18,18 @@ from nodes.commands.base import Command, Result
 from nodes.console import table
 from nodes.lab import CAPTURE_NAME
 
+PICTURE_COLUMNS = {"psnr_db": "PSNR dB", "mse": "MSE", "ssim": "SSIM", "label_ok": "label right"}
+TEXT_COLUMNS = {
+    "token_accuracy": "tokens right",
+    "exact": "exact",
+    "sentences": "sentences",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "label_ok": "labels right",
+}
+"""Metrics of a victim that a table shows, and its headings."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
@@ -48,9 +60,8 @@ def score(run: Path, *, title: str, truth: Path | None = None) -> tuple[dict[str
 
 def victims_table(victims: Sequence[dict[str, Any]], *, title: str | None = None) -> str:
     """One row a victim, and a line for each failure."""
-    rows = [
-        [v["step"], whose(v["rank"]), v["status"], v["psnr_db"], v["mse"], v["ssim"], v["label_ok"]] for v in victims
-    ]
-    lines = [table(["step", "of", "status", "PSNR dB", "MSE", "SSIM", "label right"], rows, title=title)]
+    shown = TEXT_COLUMNS if any("token_accuracy" in v for v in victims) else PICTURE_COLUMNS
+    rows = [[v["step"], whose(v["rank"]), v["status"], *(v[key] for key in shown)] for v in victims]
+    lines = [table(["step", "of", "status", *shown.values()], rows, title=title)]
     lines += [f"step {v['step']} {whose(v['rank'])}: {v['reason']}" for v in victims if v["reason"]]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ from attack.engine.walk import prior_below
 
 SETTINGS = Settings(steps=20, iterations=150, patient=True)
 """Rounded gradients take 4 to 6 steps; pruned ones, some of whose equations are exact, 9 or more."""
-WRITTEN_OUT = Settings(steps=20, goal=1e-2, patient=True)
+WRITTEN_OUT = Settings(steps=20, goal=1e-2)
 """Where the linear systems are written out, as some equations are a million times more exact than others: conjugate
 gradients alone then stop so short that of a gradient pruned by 80 % the picture came out three times further off."""
 DOUBT = 3.0

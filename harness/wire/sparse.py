@@ -72,8 +72,8 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
         expect_size("sparse", len(payload), length + 4 * kept)
         bits = np.unpackbits(np.frombuffer(payload[:length], np.uint8), bitorder="little")
         sent[:] = bits[:count]
-        if int(bits.sum(dtype=np.int64)) != kept or bits[count:].any():
-            raise WireError(f"sparse: wanted {kept} bits of {count} set, got {int(bits.sum(dtype=np.int64))}")
+        if (found := np.count_nonzero(bits)) != kept or bits[count:].any():
+            raise WireError(f"sparse: wanted {kept} bits of {count} set, got {found}")
     elif index in _PLACES:
         length = kept * np.dtype(_PLACES[index]).itemsize
         expect_size("sparse", len(payload), length + 4 * kept)
@@ -84,5 +84,6 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     else:
         raise WireError(f"sparse: wanted places as mask, {' or '.join(_PLACES)}, got {index!r:.40}")
     values = np.zeros(count, np.float32)
-    values[sent] = np.frombuffer(payload[length:], "<f4")
+    # By their places: several times as fast as by the mask, where that is full of holes.
+    values[np.flatnonzero(sent)] = np.frombuffer(payload[length:], "<f4")
     return Decoded(values, sent=sent, error=lambda: np.where(sent, np.float32(0), np.float32(np.inf)))

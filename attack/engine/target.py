@@ -7,7 +7,6 @@ decides nothing about how to search.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from attack.defense import PublicDefense
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
@@ -131,12 +131,12 @@ class Target:
             inputs: rounded to float32.
             generator: draws what observing adds, uniform within the bound; without it nothing is added.
         """
-        model, loss = _single_precision(self.model), self.loss
+        single = _single_precision(self.model)
         labels = labels if labels.dtype == torch.int64 else labels.float()
         inputs = inputs.detach() if self.tokens else inputs.detach().float()
-        parts = torch.autograd.grad(
-            loss(model(inputs), labels), list(model.parameters()), allow_unused=True, materialize_grads=True
-        )
+        loss = self.loss(functional_call(self.model, single, (inputs,)), labels)
+        parameters = [single[name] for name, _ in self.model.named_parameters()]
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         gradient = torch.cat([part.flatten() for part in parts]).double()
         if generator is not None and self.bound.any():
             uniform = 2 * torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype) - 1
@@ -169,8 +169,11 @@ class Target:
 
 
 @functools.lru_cache(maxsize=1)
-def _single_precision(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).float()
+def _single_precision(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers, in float32 where they are of floating point."""
+    parameters = {name: parameter.detach().float().requires_grad_() for name, parameter in model.named_parameters()}
+    buffers = {name: b.float() if b.is_floating_point() else b.clone() for name, b in model.named_buffers()}
+    return {**parameters, **buffers}
 
 
 def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.device) -> Target:

@@ -45,7 +45,9 @@ class Private:
         return self.numbers
 
     def part(self, at: int, count: int) -> Part:
-        raise DefenseError("secure-aggregation needs the exchange zeromq, with one server of its own")
+        raise DefenseError(
+            "secure-aggregation needs an exchange that masks: zeromq with one server of its own, allreduce, or ddp"
+        )
 
     def unit(self, world_size: int) -> float:
         """A power of two: the value of 1 in fixed point, for sums over so many ranks."""

@@ -38,6 +38,7 @@ class AllReduceExchange(ProcessGroupExchange):
 
     def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         self._step = step
+        gradient = self.shown(gradient)
         if isinstance(gradient, Tensor):
             self._sum.copy_(gradient.detach())
             return self._reduce(self._sum).div_(self.world_size)

@@ -67,6 +67,7 @@ class DDPExchange(ProcessGroupExchange):
 
     def average(self, gradient: Tensor | Coded, *, step: int) -> Tensor:
         self._step = step
+        gradient = self.shown(gradient)
         if not isinstance(gradient, Tensor):
             self._coded, self._mean = gradient, np.empty(gradient.size, np.float32)
             gradient = self._hooked(gradient)

@@ -21,12 +21,14 @@ import torch.distributed as dist
 import torch.distributed.nn
 from torch import Tensor
 
+from harness.defenses.secure import private_of
 from harness.errors import DeadlineError, ExchangeError, PeerError
 from harness.exchange.base import Exchange, Traffic
 from harness.exchange.gathering import Gathering
 from harness.exchange.rendezvous import Meeting
+from harness.exchange.secure import Member
 from harness.wire import Layout
-from harness.wire.coded import Coded, Float32
+from harness.wire.coded import Coded, Defended, Float32
 
 SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """By the name of their code."""
@@ -43,6 +45,8 @@ class ProcessGroupExchange(Exchange):
         self._deadline_s, self._step, self._device = deadline_s, 0, torch.device(device)
         self._layout = Layout(world=meeting.world_size, parameters=(), buffers=())
         """Of the model that was started with."""
+        self._member: Member | None = None
+        """This rank in secure aggregation, from the first masked gradient on."""
         if dist.is_initialized():
             raise ExchangeError(f"rank {self.rank}: torch.distributed is in use; close the other exchange first")
         with self._one_line("every rank in the process group"):
@@ -74,6 +78,21 @@ class ProcessGroupExchange(Exchange):
         self.traffic.bytes_out += moved
         self.traffic.bytes_in += moved
         return summed.div_(self.world_size).cpu().numpy()
+
+    def shown(self, gradient: Tensor | Coded) -> Tensor | Coded:
+        """What may be sent of a gradient: the same, or, where its chain ends in secure aggregation, that under masks.
+
+        They cancel in the sum over all ranks: one that is lost ends the run here anyway.
+        """
+        private = private_of(gradient)
+        if private is None:
+            return gradient
+        with self._one_line("every rank's key"):
+            if self._member is None:
+                self._member = Member(run=self.gathering.run, rank=self.rank, world_size=self.world_size)
+                self._member.meet(self.gathering.meet(self._member.public_key, step=self._step))
+        masked = self._member.mask(private, step=self._step, own=False)
+        return Defended(masked, gradient.defense) if isinstance(gradient, Defended) else masked
 
     @contextmanager
     def _one_line(self, wanted: str) -> Iterator[None]:

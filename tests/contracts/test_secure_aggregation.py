@@ -82,6 +82,17 @@ def test_with_too_few_ranks_left_the_run_ends() -> None:
     assert isinstance(ranks[0], PeerError) and "wanted 2 ranks or more, got [0]" in str(ranks[0])
 
 
+@pytest.mark.parametrize("kind", ["allreduce", "ddp"])
+def test_where_ranks_gather_the_mean_is_theirs(kind: str) -> None:
+    ranks, _ = run_ranks(kind, 3, train, {}, {})
+    unit = 2.0 ** np.ceil(np.log2(64 * 3 / (2**31 - 1 - 3)))
+    for averages, _ in ranks:
+        for step, average in enumerate(averages):
+            plain = torch.stack([gradient(rank, step) for rank in range(3)]).double().mean(dim=0).numpy()
+            assert (abs(average - plain) <= unit / 2 + 2.0**-24 * abs(plain) * 2).all()
+            assert np.array_equal(average, ranks[0][0][step])
+
+
 @pytest.mark.parametrize("kind", ["zeromq 2 servers", "zeromq ranks serve"])
 def test_where_the_sum_is_cut_up_it_is_refused(kind: str) -> None:
     ranks, _ = run_ranks(kind, 2, train, {}, {}, deadline_s=DEADLINE_S)

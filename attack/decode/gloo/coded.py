@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import numpy as np
+import numpy.typing as npt
 
 from attack.decode.assembly import RankGradient
 from attack.decode.defended import PublicSide
@@ -124,18 +125,37 @@ class CodedJob:
             yield self._step(found, world)
             self._buffers, self._looking = None, not self._plan.flat
 
+    def _masked_step(self, found: DecodedStep) -> Step:
+        """Of secure aggregation: the mean alone."""
+        assert found.mean is not None
+        self._notes.add("gradients are masked (secure aggregation): of no rank's alone anything is known, but the mean")
+        total, known = _totals(found, found.mean.values.size)
+        return Step(
+            step=found.step,
+            seen=Gradients(ranks=[_vector(found.mean)], total=total, total_known=known),
+            buffers=self._buffers,
+            defenses=[found.mean.defense],
+            masked=True,
+        )
+
     def _step(self, found: DecodedStep, world: int) -> Step:
+        if found.mean is not None:
+            return self._masked_step(found)
         shapes = self._plan.shapes if self._named else None
         limited = [self._public.limit(rank, found.step, found.gradients[rank], shapes) for rank in range(world)]
-        size = limited[0].values.size
-        total = np.zeros(size, np.float32) if found.average is None else found.average
-        known = np.full(size, found.average is not None)
+        total, known = _totals(found, limited[0].values.size)
         return Step(
             step=found.step,
             seen=Gradients(ranks=[_vector(one) for one in limited], total=total, total_known=known),
             buffers=self._buffers,
             defenses=[one.defense for one in limited],
         )
+
+
+def _totals(found: DecodedStep, size: int) -> tuple[Float, npt.NDArray[np.bool_]]:
+    """The mean, as far as it is known."""
+    total = np.zeros(size, np.float32) if found.average is None else found.average
+    return total, np.full(size, found.average is not None)
 
 
 def _vector(gradient: RankGradient) -> Vector:

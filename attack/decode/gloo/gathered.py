@@ -17,6 +17,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from attack.capture.streams import Flow
 from attack.decode.chunk import defense_of, implausible, piece_of, place_of
 from attack.decode.gloo.framing import Message as Payload
@@ -25,8 +27,10 @@ from attack.decode.gloo.network import Link, Seen
 from attack.decode.messages import Message
 from attack.decode.notes import Notes
 from attack.decode.proof import DecodedStep, StepChunks, prove
-from attack.decode.vector import Vector
+from attack.decode.vector import Origin, Piece, Place, Vector
 from harness.wire import MAGIC, MAX_HEADER_BYTES, Header, Kind, Layout, WireError
+from harness.wire.coded import Decoded
+from harness.wire.masked import Words, average_of, read_words
 
 _BEFORE_MAGIC = 5
 """Bytes of a message before it: the length, and the map that begins the header."""
@@ -58,6 +62,18 @@ def words_of(links: Mapping[int, Link], tag: int, *, world: int) -> list[Word]:
             author = (rank - index // 2) % world if whole or world == 2 else None
             words.append(Word(link.flow, author, (rank + 1) % world, message))
     return words
+
+
+def totals_of(words: Sequence[Word]) -> list[int]:
+    """Elements of a gradient, as each message says it that does."""
+    totals = [word.message.header.total for word in words if word.message.header.count]
+    for word in words:
+        if word.message.header.kind is Kind.HELLO and not word.message.holes:
+            try:
+                totals.append(Layout.unpack(memoryview(word.message.payload)).parameter_count)
+            except WireError:
+                continue
+    return totals
 
 
 def _messages(seen: Sequence[Seen]) -> Iterator[tuple[int, Message]]:
@@ -118,6 +134,7 @@ class GatheredSteps:
         self._open: StepChunks | None = None
         self._next = 0  # steps below this have been given out
         self._unsure = False  # something of the open step was missed
+        self._masked: dict[Place, dict[int, Words]] = {}  # of the open step, by place and rank
 
     def begins(self, words: Sequence[Word]) -> bool:
         """Whether these belong to another step than those before."""
@@ -138,7 +155,11 @@ class GatheredSteps:
         self._unsure = self._unsure or unsure
         for word in words:
             header = word.message.header
-            add = {Kind.HELLO: self._greet, Kind.GRADIENT: self._add_chunk}.get(header.kind, self._refuse)
+            add = {
+                Kind.HELLO: self._greet,
+                Kind.KEY: lambda *_: None,  # public, and of no use to who has no other
+                Kind.GRADIENT: self._add_masked if header.codec == "masked" else self._add_chunk,
+            }.get(header.kind, self._refuse)
             if (why := self._unwanted(word, world) or add(step, word)) is not None:
                 self._notes.add(f"flow {word.flow}: rank {header.rank}, step {header.step}, {place_of(header)}: {why}")
 
@@ -152,7 +173,45 @@ class GatheredSteps:
         for place in sorted(step.named.keys() - believed):
             self._notes.add(f"step {step.step}: {place} named by one rank alone: not believed")
         self._unsure = False
+        self._bare(step, world)
         return prove(step, believed, world_size=world, total=self.total, notes=self._notes)
+
+    def _add_masked(self, step: StepChunks, word: Word) -> str | None:
+        """A part of a sum; what was not seen whole is left to other copies."""
+        header, holes = word.message.header, word.message.holes
+        if (why := implausible(header, self.total)) is not None:
+            return why
+        try:
+            words, unit = read_words(header.count, header.params, word.message.payload)
+        except WireError as error:
+            return str(error)
+        if step.unit not in (None, unit):
+            return f"masked words of unit {unit:g}, the others' is {step.unit:g}"
+        step.unit, step.defense, self.total = unit, defense_of(header), header.total
+        place = place_of(header)
+        step.named.setdefault(place, set()).add(word.flow)
+        if holes:
+            return None
+        ranks = self._masked.setdefault(place, {})
+        if not np.array_equal(ranks.setdefault(header.rank, words), words):
+            ranks[header.rank] = np.empty(0, np.uint32)  # never believed again
+            return "an earlier copy that says otherwise"
+        return None
+
+    def _bare(self, step: StepChunks, world: int) -> None:
+        """Where all ranks' masked words were seen, the masks cancel, and the mean is what every rank made of them."""
+        masked, self._masked = self._masked, {}
+        if step.unit is None:
+            return
+        step.taken.add(tuple(range(world)))
+        for place, ranks in masked.items():
+            if len(ranks) == world and all(words.size == place.size for words in ranks.values()):
+                total = np.zeros(place.size, np.uint32)
+                for words in ranks.values():
+                    total += words
+                said = Decoded(average_of(total, step.unit, world))
+                origin = Origin(next(iter(step.named[place])), 0, 0, 0)
+                step.averages.add(Piece(place, said, (), None, origin))
 
     def _unwanted(self, word: Word, world: int) -> str | None:
         """Why a message cannot be what it says, if so."""

@@ -16,7 +16,7 @@ from attack.decode.gloo.job import Job
 from attack.decode.gloo.network import ALL_TAGS, Network
 from attack.decode.gloo.step import Step
 from attack.decode.notes import Notes
-from attack.observation import Known, Observation
+from attack.observation import EVERYONE, Known, Observation
 from attack.shadow import Shadow
 
 MAX_WAITING_BYTES = 256 << 20
@@ -102,11 +102,12 @@ class Group:
             average.div_(len(step.seen.ranks))  # as the exchange does it, after the sum
         if (ranks := self.ranks()) is None:
             self._notes.add("it is not certain which ranks of the job these are: their gradients are left out")
-        for at, (rank, vector) in enumerate(zip(ranks or (), step.seen.ranks, strict=ranks is not None)):
+        of = (EVERYONE,) if step.masked and ranks is not None else ranks
+        for at, (rank, vector) in enumerate(zip(of or (), step.seen.ranks, strict=of is not None)):
             yield Observation(
                 rank=rank,
                 step=step.step,
-                world_size=len(step.seen.ranks),
+                world_size=self.network.world or 0,
                 exchange="gloo",
                 group=self.label,
                 gradient=torch.from_numpy(vector.values),
@@ -116,6 +117,7 @@ class Group:
                 weights=weights,
                 buffers=None if step.buffers is None else torch.from_numpy(step.buffers),
                 shapes=plan.shapes,
+                ranks=ranks if step.masked and ranks is not None else (),
                 factors=step.factors[at] if step.factors is not None else (),
                 defense=wire if step.defenses is None else step.defenses[at],
             )

@@ -19,7 +19,7 @@ import numpy as np
 from attack.decode.gloo.allreduce import Gradients, agrees, is_whole, solve_total, take_apart
 from attack.decode.gloo.coded import CodedJob, plan_coded
 from attack.decode.gloo.formats import FLOAT16, FLOAT32, Float, Format, numbers
-from attack.decode.gloo.gathered import words_of
+from attack.decode.gloo.gathered import totals_of, words_of
 from attack.decode.gloo.head import HEAD_BYTES, Kind
 from attack.decode.gloo.inversion import Rule, Sending
 from attack.decode.gloo.layout import Bucket, Finder, is_layout
@@ -138,7 +138,7 @@ class Job:
             return False
         self._without_code = self._tag
         words = words_of(network.next_ranks(), self._tag, world=world)
-        totals = [word.message.header.total for word in words if word.message.header.count]
+        totals = totals_of(words)
         if totals:
             self.plan = plan_coded(self._setup, max(totals, key=totals.count), self._notes)
             self._coded = CodedJob(network, self.plan, self._notes, tag=self._tag)

@@ -24,3 +24,5 @@ class Step:
     """By rank, what was sent in place of gradients."""
     defenses: list[str | None] | None = None
     """By rank, the chain of defenses, where gradients were gathered in its code; the total is then their mean."""
+    masked: bool = False
+    """Of no rank anything is known: the one vector is that of all ranks' mean."""

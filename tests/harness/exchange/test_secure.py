@@ -198,5 +198,5 @@ def test_what_is_beyond_the_range_is_refused() -> None:
     with pytest.raises(DefenseError, match="nan"):
         chain(torch.tensor([0.0, float("nan")]), (2,), {}, seed=0, rank=0, step=0)
     sent, _ = chain(torch.tensor([0.0, 2.0]), (2,), {}, seed=0, rank=0, step=0)
-    with pytest.raises(DefenseError, match="needs the exchange zeromq"):
+    with pytest.raises(DefenseError, match="needs an exchange that masks"):
         sent.part(0, 2)

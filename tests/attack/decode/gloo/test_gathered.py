@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from attack.capture.streams import Data, Gap
-from attack.observation import Known, Observation
+from attack.observation import EVERYONE, Known, Observation
 from harness.defenses import load_defense
+from harness.defenses.secure import private_of
 from harness.exchange.base import as_coded
+from harness.exchange.secure import Member
 from harness.wire import Header, Layout
 from harness.wire import Kind as Word
 from harness.wire.coded import Coded
+from harness.wire.masked import Masked, average_of
 from tests.attack.decode.gloo.jobs import PaperJob, descended, events
 from tests.attack.decode.gloo.recordings import name_of, observe
 
@@ -46,6 +49,9 @@ class GatheringJob(PaperJob):
         model = nn.Module()
         model.parts = nn.ParameterList([torch.zeros(shape) for shape in self.shapes])
         chain = load_defense(self.spec).fit(model)
+        members = [Member(run=bytes(8), rank=rank, world_size=self.world) for rank in range(self.world)]
+        for member in members:
+            member.meet([other.public_key for other in members])
         states = [chain.begin(SIZES) for _ in range(self.world)]
         ends, total = np.cumsum(SIZES), layout.parameter_count
         for step in range(self.steps):
@@ -57,7 +63,8 @@ class GatheringJob(PaperJob):
                 sent, states[rank] = chain(
                     torch.from_numpy(gradient), SIZES, states[rank], seed=0, rank=rank, step=step
                 )
-                coded.append(as_coded(sent))
+                private = private_of(sent)
+                coded.append(as_coded(sent) if private is None else members[rank].mask(private, step=step, own=False))
             buckets = (((0, 1, 2, 3),) if step == 0 else self.buckets) if self.ddp else (None,)
             if self.ddp and step == 1:
                 self._broadcast_layout()
@@ -71,7 +78,11 @@ class GatheringJob(PaperJob):
             average = coded[0].values().copy()
             for code in coded[1:]:
                 average = average + code.values()
-            weights = descended(weights, average / np.float32(self.world))
+            average = average / np.float32(self.world)
+            if isinstance(coded[0], Masked):
+                words = sum((code.words for code in coded), np.zeros(total, np.uint32))
+                average = average_of(words, coded[0].unit, self.world)
+            weights = descended(weights, average)
 
     def _words(self, rank: int, step: int, code: Coded, places: list[tuple[int, int]], hello: bytes | None) -> bytes:
         said = (
@@ -122,6 +133,25 @@ def test_each_rank_s_gradient_is_known_as_its_code_says(spec: str, world: int, d
         assert seen.average is not None
     if spec in ("prune:0.5", "int8", "qsgd:7", "ternary"):
         assert all(seen.known_fraction == 1 for seen in found)
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.003, 0.03, 0.2])
+@pytest.mark.parametrize(("world", "ddp"), [(2, False), (3, True)])
+def test_of_masked_gradients_the_mean_is_known_and_no_more(world: int, ddp: bool, loss: float) -> None:
+    job, draw = GatheringJob(world=world, spec="secure-aggregation", ddp=ddp, chunk=64), random.Random(1)
+    missed = {at for at in range(100_000) if draw.random() < loss}
+    found, desk = observe(list(events(job.writes, segment=150, lost=lambda at, flow: at in missed)))
+    for one in found:
+        each = [job.truth[f"step{one.step}.rank{rank}.gradient"] for rank in range(world)]
+        plain = np.mean(each, axis=0, dtype=np.float64)
+        known = (one.known == Known.DIFFERENCED).numpy()
+        assert (one.rank, one.ranks) == (EVERYONE, tuple(range(world))) and one.bound is not None
+        assert (abs(one.gradient.numpy() - plain) <= one.bound.numpy())[known].all() and known.any() | (loss > 0)
+        if one.weights is not None:
+            assert np.array_equal(one.weights.numpy(), job.truth[f"step{one.step}.rank0.weights"])
+    if not loss:
+        assert [one.step for one in found if one.complete and one.weights is not None] == [0, 1, 2]
+        assert any("masked" in note for note in desk.notes.lines())
 
 
 @pytest.mark.parametrize("chunk", [64, 100_000])

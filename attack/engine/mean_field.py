@@ -6,7 +6,7 @@ At each layer the input u is the least-squares solution of the same equations as
 
 but a layer passes on one variance for all its elements. On fresh LeNets the answer's error is some 5 dB above that of
 the full belief, and the work a tenth. Conjugate gradients solve the equations, for the mean and for draws from the
-posterior; a float32 factor of the whole normal matrix, near enough, makes them arrive in 2 to 4 iterations:
+posterior; a float32 factor of the whole normal matrix, near enough, makes them arrive in two or three iterations:
 
 * where a layer has few outputs, it is had by way of those (`attack.engine.by_outputs`);
 * else, for convolutions, in stripes of rows (`attack.engine.stripes`).
@@ -37,7 +37,7 @@ PROBES, OPEN = 2, 10.0
 """Random right sides, whose solutions tell the variance too, and that of directions as well of which the equations say
 so little that draws miss them; and how many times the draws' variance theirs may be."""
 ITERATIONS, AGAIN_ITERATIONS = 40, 1
-"""Of conjugate gradients, at most: a layer of a LeNet takes 2 to 4; from a solution near by, one."""
+"""Of conjugate gradients, at most: a layer of a LeNet takes two; from a solution near by, one."""
 SOLVED, FALLEN = 1e-3, 0.1
 """Squared distance from the solution, in standard deviations and a mean over the directions, at which they end; and
 the same in units of its first."""

@@ -45,6 +45,9 @@ gradients alone then stop so short that of a gradient pruned by 80 % the picture
 DOUBT = 3.0
 """Where all is determined, answers are so many times less exact than independent errors make them: those of float32
 hang together."""
+MOSTLY = 0.85
+"""Share of the directions that may be open at most: where next to nothing is known, what the prior makes of it is
+smooth, and looks surer than it is."""
 MAX_INPUTS = 4096
 """Elements of a picture up to which its linear systems are written out."""
 SETTLED = 1e-6
@@ -90,6 +93,10 @@ def coarse(target: Target, context: Context) -> Answer:
     prior = prior_of(target)
     solution = minimize(rows, last_two[1], prior, context, settings, direct=direct, done=settled, watch=watch)
     left = spread(rows, solution, prior, context, iterations=2 * settings.iterations, direct=direct)
+    size = solution.inputs.numel()
+    said = f"what was sent leaves about {left.open_directions:,.0f} of {size:,} directions open; a prior on pictures"
+    if left.open_directions > MOSTLY * size:
+        return Answer(inputs=None, labels=None, film=film, reason=f"{said} would make up nearly all of it")
     filled = left.variance > OPEN * (high - low) ** 2 / 12
     return Answer(
         inputs=solution.inputs,
@@ -98,12 +105,7 @@ def coarse(target: Target, context: Context) -> Answer:
         left_open=left.variance * (1 if filled else DOUBT**2) + LAGGING * solution.moved,
         filled=filled,
         evaluations=len(film.history),
-        reason=(
-            f"what was sent leaves about {left.open_directions:,.0f} of {solution.inputs.numel():,} directions open; a "
-            "prior on pictures filled them"
-            if filled
-            else solution.reason
-        ),
+        reason=f"{said} filled them" if filled else solution.reason,
     )
 
 

@@ -75,6 +75,13 @@ def test_what_the_code_leaves_is_enough(spec, index):
     assert found.predicted_mse is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
 
 
+@pytest.mark.parametrize("index", [2, 6])
+def test_where_next_to_nothing_is_known_no_picture_is_made_up(index):
+    found = reconstruct(defended("ternary", observed(index)[0]), KNOWLEDGE, method="coarse", deadline_s=60)
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None
+    assert found.reason is not None and "would make up nearly all of it" in found.reason
+
+
 def test_who_ignores_the_code_gets_nothing():
     seen, _, _ = observed(1)
     literally = defended("prune:0.5", seen).taken_literally()

@@ -9,10 +9,12 @@ from attack.algorithms.gauss_newton import gauss_newton
 from attack.algorithms.gradinversion import gradinversion
 from attack.algorithms.idlg import idlg
 from attack.algorithms.inverting_gradients import inverting_gradients
+from attack.algorithms.lamp import lamp
 from attack.algorithms.patterns import patterns
 from attack.algorithms.residual import residual
 from attack.algorithms.rgap import rgap
 from attack.algorithms.spear import spear
+from attack.algorithms.tag import tag
 from attack.algorithms.unmix import unmix
 
 METHODS: dict[str, Method] = {
@@ -29,9 +31,11 @@ METHODS: dict[str, Method] = {
     "inverting-gradients": inverting_gradients,
     "gradinversion": gradinversion,
     "dager": dager,
+    "lamp": lamp,
+    "tag": tag,
 }
 
-TEXT_ONLY = ("dager",)
+TEXT_ONLY = ("dager", "lamp", "tag")
 """Those for models of tokens alone."""
 TEXT_METHODS = ("auto", *TEXT_ONLY)
 """Those that serve models of tokens."""

@@ -47,7 +47,7 @@ class Attack(Command):
     """auto (picks, and says why), dlg, idlg, inverting-gradients, gradinversion, rgap (one example, in closed form),
     patterns (one example through max pooling), residual (one through a residual network with batch norm), coarse (one
     example, its gradient rounded, noisy or pruned), unmix (batches of fully connected nets, exactly) or gauss-newton
-    (batches of convolutional ones)."""
+    (batches of convolutional ones). Of text: dager (exact), lamp or tag (searches)."""
     defense: str | None = None
     """The sender's defense (docs/defenses.md), where you know it and the traffic does not say it: that of noise."""
     naive: bool = False

@@ -36,7 +36,9 @@ def batch_of(lengths: list[int], loss: str, *, seed: int) -> Batch:
     return Batch(inputs=torch.where(asked, MASK, inputs), labels=torch.where(asked, inputs, IGNORED))
 
 
-def attacked(spec: str, loss: str, batch: Batch, *, seed: int, deadline_s: float = 60.0) -> Reconstruction:
+def attacked(
+    spec: str, loss: str, batch: Batch, *, seed: int, method: str = "auto", deadline_s: float = 60.0
+) -> Reconstruction:
     torch.manual_seed(seed)
     model = load_model(f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}")
     gradient = mean_gradient(model, LOSSES[loss], batch).flat
@@ -52,7 +54,7 @@ def attacked(spec: str, loss: str, batch: Batch, *, seed: int, deadline_s: float
     )
     name = f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}"
     knowledge = Knowledge(model=name, loss=loss, input_shape=(24,), tokens=model.tokens)
-    return reconstruct(seen, knowledge, deadline_s=deadline_s)
+    return reconstruct(seen, knowledge, method=method, deadline_s=deadline_s)
 
 
 def rows(inputs: Tensor, labels: Tensor) -> list[tuple[object, ...]]:

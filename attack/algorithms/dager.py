@@ -25,7 +25,7 @@ from attack.engine.sentences import Assembler, Candidates
 from attack.engine.span import Span
 from attack.engine.target import Target
 from attack.engine.token_labels import padded, solve_labels
-from attack.engine.vocabulary import longest, words_of
+from attack.engine.vocabulary import linked, longest, words_of
 
 MOST = 4000
 """Candidates, beyond which the first check has told too little: their scores would take gigabytes."""
@@ -39,19 +39,26 @@ def dager(target: Target, context: Context) -> Answer:
     except NoTransformer as error:
         return _nothing(target, str(error))
     inputs, contexts = Span(anatomy.inputs), Span(anatomy.contexts)
-    bound = f"{contexts.rank} different tokens in their places are seen, {contexts.room - 1} could be told apart"
+    states = Span(anatomy.states)
+    total = max(contexts.rank, states.rank)
+    bound = f"{total} different tokens in their places are seen, {contexts.room - 1} could be told apart"
     if inputs.full or contexts.full:
         return _nothing(target, f"the batch has {inputs.room} tokens or more, as many as the model is wide")
     tokens, places, vectors = _candidates(target, anatomy, inputs, context)
     if not len(tokens) or len(tokens) > MOST:
         return _nothing(target, f"{bound}; {len(tokens)} tokens at positions are in the span of the first layer")
     candidates = Candidates.of(anatomy, tokens, places, vectors)
-    assembler = Assembler(candidates, contexts, context)
+
+    def proof(sentence: Tensor, made: Tensor) -> bool:
+        order = torch.arange(len(sentence), device=sentence.device)
+        return bool(states.has(anatomy.behind(made, sentence, order)).all())
+
+    assembler = Assembler(candidates, contexts, context, proof)
     if anatomy.causal:
         found = assembler.causal()
     else:
-        found = list(assembler.encoded(contexts.rank))
-        if sum(map(len, found)) < contexts.rank:
+        found = list(assembler.encoded(total))
+        if sum(map(len, found)) < total:
             return _nothing(target, f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven")
     if not found:
         return _nothing(target, f"{bound}; no sentence of these was proven")
@@ -69,10 +76,13 @@ def _candidates(target: Target, anatomy: Anatomy, inputs: Span, context: Context
     if words is None:
         assert target.tokens is not None
         words = torch.arange(target.tokens.vocab, device=target.device)
+        fits = torch.ones(len(words), longest(anatomy), dtype=torch.bool, device=target.device)
+    else:
+        fits = linked(anatomy, words, context.generator)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for place in range(longest(anatomy)):
         vectors = anatomy.embed(words, torch.full_like(words, place))
-        there = inputs.has(vectors)
+        there = inputs.has(vectors) & fits[:, place]
         found.append((words[there], torch.full_like(words[there], place), vectors[there]))
     tokens, places, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
     return tokens, places, vectors

@@ -48,10 +48,14 @@ class Anatomy:
     """Of query, key and value, stacked: combinations of the first attention's inputs x."""
     contexts: Rows
     """Of the attention's output layer: combinations of what the heads make of them, c."""
+    states: Rows
+    """Of the network behind the attention: combinations of what that is given, y."""
     embed: Callable[[Tensor, Tensor], Tensor]
     """Tokens and positions, int64, shape (n,) -> x, float64, shape (n, width)."""
     project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     """x -> query, key and value, each of shape (n, heads, width of a head)."""
+    behind: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Contexts c, shape (..., width), tokens and positions, shape (...) -> y."""
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """What attention's softmax is taken of, shape (n, m, heads), for n queries and m keys."""
@@ -76,6 +80,7 @@ def _bert(target: Target, prefix: str) -> Anatomy:
     layer = prefix + "encoder.layer.0.attention."
     embeddings: Any = model.get_submodule(prefix + "embeddings")
     parts = [model.get_submodule(f"{layer}self.{name}") for name in ("query", "key", "value")]
+    output: Any = model.get_submodule(layer + "output")
     heads = _heads(model.get_submodule(layer + "self"))
 
     def embed(tokens: Tensor, places: Tensor) -> Tensor:
@@ -86,6 +91,9 @@ def _bert(target: Target, prefix: str) -> Anatomy:
         query, key, value = (part(x).detach().unflatten(-1, (heads, -1)) for part in parts)
         return query, key, value
 
+    def behind(contexts: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        return output.LayerNorm(output.dense(contexts) + embed(tokens, places)).detach()
+
     return Anatomy(
         causal=False,
         heads=heads,
@@ -93,8 +101,10 @@ def _bert(target: Target, prefix: str) -> Anatomy:
         positions=rows.of(prefix + "embeddings.position_embeddings.weight"),
         inputs=rows.of(*(f"{layer}self.{name}.weight" for name in ("query", "key", "value"))),
         contexts=rows.of(layer + "output.dense.weight"),
+        states=rows.of(prefix + "encoder.layer.0.intermediate.dense.weight"),
         embed=embed,
         project=project,
+        behind=behind,
     )
 
 
@@ -111,6 +121,10 @@ def _gpt2(target: Target, prefix: str) -> Anatomy:
         query, key, value = (part.unflatten(-1, (heads, -1)) for part in attention.c_attn(x).detach().chunk(3, -1))
         return query, key, value
 
+    def behind(contexts: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        stream = decoder.wte.weight[tokens] + decoder.wpe.weight[places]
+        return decoder.h[0].ln_2(stream + attention.c_proj(contexts)).detach()
+
     return Anatomy(
         causal=True,
         heads=heads,
@@ -118,8 +132,10 @@ def _gpt2(target: Target, prefix: str) -> Anatomy:
         positions=rows.of(prefix + "wpe.weight"),
         inputs=rows.of(prefix + "h.0.attn.c_attn.weight", transposed=True),
         contexts=rows.of(prefix + "h.0.attn.c_proj.weight", transposed=True),
+        states=rows.of(prefix + "h.0.mlp.c_fc.weight", transposed=True),
         embed=embed,
         project=project,
+        behind=behind,
     )
 
 

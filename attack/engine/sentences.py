@@ -2,7 +2,9 @@
 
 The gradient of the attention's output layer is a combination of contexts c_n, one for each token, and a token's context
 depends on all that it looks at. So a sentence is right where every one of its tokens has a context in that span, and
-wrong ones hardly ever have: each sentence is proven by itself.
+wrong ones hardly ever have: each sentence is proven by itself. In an encoder what the network behind the attention is
+given, y_n, has to be in the span of its gradient too: where attention is almost even, as in a fresh model, contexts
+alone say little.
 
 A causal model is read position by position: a token is right where the context that it gives its prefix is in the span.
 In an encoder every token looks at all others. There a sentence is annealed: one position after the other takes a
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -84,8 +86,14 @@ class Candidates:
 class Assembler:
     """Finds sentences among candidates."""
 
-    def __init__(self, candidates: Candidates, contexts: Span, context: Context) -> None:
-        self._candidates, self._span, self._context = candidates, contexts, context
+    def __init__(
+        self, candidates: Candidates, contexts: Span, context: Context, proof: Callable[[Tensor, Tensor], bool]
+    ) -> None:
+        """
+        Args:
+            proof: whether an encoder's sentence, tokens and contexts, is right as far as more can be seen of it.
+        """
+        self._candidates, self._span, self._context, self._proof = candidates, contexts, context, proof
 
     def causal(self) -> list[Sentence]:
         """Every sentence of which each token's context is in the span, as long as it goes on."""
@@ -126,7 +134,8 @@ class Assembler:
 
     def _proven(self, sentence: Sentence) -> bool:
         indices = torch.tensor(sentence, device=self._candidates.tokens.device)
-        return bool(self._span.has(self._candidates.contexts(indices, causal=False)).all())
+        contexts = self._candidates.contexts(indices, causal=False)
+        return bool(self._span.has(contexts).all()) and self._proof(self._candidates.tokens[indices], contexts)
 
     def _lengths(self) -> list[int]:
         """The longest first; those before them that end as the longest may."""

@@ -41,6 +41,11 @@ def attacked(
 ) -> Reconstruction:
     torch.manual_seed(seed)
     model = load_model(f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # A fresh model looks at all tokens alike; a trained one does not.
+            if "self.query.weight" in name or "self.key.weight" in name:
+                parameter *= 5
     gradient = mean_gradient(model, LOSSES[loss], batch).flat
     seen = Observation(
         rank=0,
@@ -70,6 +75,8 @@ CASES = [
     ("bert", "masked_lm", [12]),
     ("bert:tied=false", "masked_lm", [12]),
     ("bert:head=classify,classes=5", "cross_entropy", [15]),
+    ("bert", "masked_lm", [9, 7]),
+    ("bert:head=classify,classes=5", "cross_entropy", [8, 11]),
     ("gpt2", "causal_lm", [14]),
     ("gpt2:tied=false", "causal_lm", [9, 14, 11]),
     ("gpt2", "causal_lm", [9, 14, 11, 7]),

@@ -16,6 +16,7 @@ BENCHMARKS = {
     "patterns": "Patterns",
     "codec": "Codec",
     "step": "Step",
+    "sentences": "Sentences",
 }
 """Each benchmark is the class of that name in `nodes.benchmarks.<benchmark>`."""
 
@@ -23,7 +24,7 @@ BENCHMARKS = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench(Command):
     """Runs one of the project's benchmarks: exchange, decode, attack, certificate, labels, batches, patterns,
-    codec, step.
+    codec, step, sentences.
 
     `gradtap bench NAME --help` tells its options.
     """

@@ -79,6 +79,15 @@ def test_bench_patterns_scores_only_what_converged(capsys):
         assert row["psnr_db"] is None and "MaxPool2d" in row["reason"] and row["reference_psnr_db"] > 0
 
 
+def test_bench_sentences_counts_tokens_by_iteration(capsys):
+    arguments = ["--model", "gpt2:hidden=32,depth=1,heads=2", "--loss", "causal_lm", "--data", "prose:length=10"]
+    arguments += ["--seeds", "1", "--methods", "dager", "tag", "--iterations", "25", "100", "--deadline-s", "60"]
+    assert main(["bench", "sentences", *arguments, "--json"]) == 0
+    dager, tag, *rows = json.loads(capsys.readouterr().out)["cases"]
+    assert len(rows) == 2 and dager["found"] == dager["token_accuracy"] == 1 and dager["by_iteration"]["25"] is None
+    assert 0 <= tag["by_iteration"]["25"] <= tag["by_iteration"]["100"] <= 1
+
+
 def test_bench_batches_scores_whole_batches(capsys):
     arguments = ["--models", "mlp:hidden=100/6", "lenet/2", "--data", "faces", "--seeds", "1"]
     assert main(["bench", "batches", *arguments, "--json"]) == 0

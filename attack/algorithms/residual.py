@@ -31,8 +31,9 @@ from attack.engine.gauss_newton import Solution, spread
 from attack.engine.graph import Graph, Kind, NoGraph
 from attack.engine.labels import NoLabel, read_label
 from attack.engine.lbfgs import Searches
+from attack.engine.norms import Norms
 from attack.engine.prior import Gaussian
-from attack.engine.residual import STATISTICS_ERROR, Front, Norms, NoWalk, walk_down
+from attack.engine.residual import STATISTICS_ERROR, Front, NoWalk, walk_down
 from attack.engine.target import Target
 
 STARTS = 4

@@ -34,7 +34,7 @@ Most pictures take 2 to 4 annealings; a start that is stuck stays so."""
 PICTURES = 3
 """Starts that come to exact features, and to no picture behind them, after which another is not tried."""
 AFAR = 1e-2
-"""How far from the answer it is solved for again, in units of the input range."""
+"""How far from the answer it is solved for again, in units of the input range, or of the features' size."""
 PROVEN = 10.0
 """How far the upper gradient's median channel may be off, in units of its rounding, for the features to be exact."""
 
@@ -94,6 +94,8 @@ def _settled(target: Target, state: Patterns, label: Tensor, context: Context) -
     if off > PROVEN:
         state.between, state.likely = before
         return state.inputs[None], off
+    state.take_patterns()  # as certain: what is left of doubt would be error
+    off = state.settle(sweep=False)
     picture = _picture(state, target.input_range, context)
 
     def explains(inputs: Tensor) -> bool:
@@ -112,8 +114,10 @@ def _again(moved: Target, *, found: Tensor, context: Context) -> Tensor:
         raise NoChain(str(error)) from error
     state = Patterns(net, found[0], moved.input_range, context)
     state.take_patterns()
+    # From afar: what the solves cannot reach is then part of the error, as it is of the answer's own.
+    away = context.normal(tuple(state.between.shape)).to(found)
+    state.between = state.between + AFAR * state.between.square().mean().sqrt() * away * (state.between > 0)
     state.settle(sweep=False)
-    # From afar: what the solve cannot reach is then part of the error, as it is of the answer's own.
     draws = torch.randn(found[0].shape, generator=context.generator, dtype=torch.float64).to(found)
     start = found[0] + AFAR * (moved.input_range[1] - moved.input_range[0]) * draws
     return _picture(state, moved.input_range, context).polish(found[0], start)[None]

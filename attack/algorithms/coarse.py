@@ -45,9 +45,9 @@ gradients alone then stop so short that of a gradient pruned by 80 % the picture
 DOUBT = 3.0
 """Where all is determined, answers are so many times less exact than independent errors make them: those of float32
 hang together."""
-MOSTLY = 0.85
-"""Share of the directions that may be open at most: where next to nothing is known, what the prior makes of it is
-smooth, and looks surer than it is."""
+THINLY, MOSTLY = 0.85, 0.95
+"""Share of the directions that are open: from the first on, errors count three times, as what the prior makes of next
+to nothing is smooth, and looks surer than it is; beyond the second the picture would be the prior's alone."""
 MAX_INPUTS = 4096
 """Elements of a picture up to which its linear systems are written out."""
 SETTLED = 1e-6
@@ -98,11 +98,12 @@ def coarse(target: Target, context: Context) -> Answer:
     if left.open_directions > MOSTLY * size:
         return Answer(inputs=None, labels=None, film=film, reason=f"{said} would make up nearly all of it")
     filled = left.variance > OPEN * (high - low) ** 2 / 12
+    doubt = DOUBT**2 if not filled else 3.0 if left.open_directions > THINLY * size else 1.0
     return Answer(
         inputs=solution.inputs,
         labels=label,
         film=film,
-        left_open=left.variance * (1 if filled else DOUBT**2) + LAGGING * solution.moved,
+        left_open=left.variance * doubt + LAGGING * solution.moved,
         filled=filled,
         evaluations=len(film.history),
         reason=f"{said} filled them" if filled else solution.reason,

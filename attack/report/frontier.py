@@ -53,7 +53,7 @@ class Section:
 def write_frontier(
     rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], made: Mapping[str, Any], out: Path
 ) -> Path:
-    """Writes `out/index.html`, which opens offline, and its plots as `out/leak-*.svg`.
+    """Writes `out/index.html`, which opens offline, and, where something was trained, its plots as `out/leak-*.svg`.
 
     Args:
         rows: of `attack.frontier.summary.summarize`.
@@ -62,10 +62,11 @@ def write_frontier(
 
     Returns: the page's path.
     """
-    plots = {
-        "leak-accuracy.svg": _plot(rows, "accuracy", "accuracy after training, %", 100.0),
-        "leak-bytes.svg": _plot(rows, "bytes_share", "bytes sent, % of a plain gradient's", 100.0, logarithmic=True),
-    }
+    plots: dict[str, bytes] = {}
+    if any(row["accuracy"] is not None for row in rows):
+        plots["leak-accuracy.svg"] = _plot(rows, "accuracy", "accuracy after training, %", 100.0)
+        title = "bytes sent, % of a plain gradient's"
+        plots["leak-bytes.svg"] = _plot(rows, "bytes_share", title, 100.0, logarithmic=True)
     for name, drawn in plots.items():
         write_atomically(out / name, drawn)
     environment = jinja2.Environment(

@@ -26,12 +26,19 @@ MAX_EXAMPLES = 16
 METHOD_NAMES = {
     "auto": "No method was started",
     "rgap": "R-GAP (Zhu & Blaschko 2021): solved in closed form, layer by layer",
-    "spear": "SPEAR: a batch taken apart at the first layer, by the units that are off for each example",
     "unmix": "Unmixing: a batch taken apart layer by layer, from the features that the last layer gives away",
+    "spear": "SPEAR (Dimitrov et al. 2024): a batch taken apart at the first layer, by the units that are off",
     "gauss-newton": "Gauss-Newton: solved from the last layer down as far as that goes, then all pixels together",
-    "dager": "DAGER (Petrov et al. 2024): tokens and sentences from the spans of the first layers' gradients",
-    "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",
+    "patterns": "Patterns: which positions passed through max pooling, and then the picture, in turns",
+    "coarse": "Coarse: what a defended gradient says, each equation weighed by its error, beside a prior on pictures",
+    "residual": "Residual: walked down layer by layer around the shortcuts, then all pixels together",
     "idlg": "iDLG (Zhao et al. 2020): label read, input searched",
+    "dlg": "DLG (Zhu, Liu & Han 2019): inputs and labels searched together",
+    "inverting-gradients": "Inverting Gradients (Geiping et al. 2020): the gradient's direction, with total variation",
+    "gradinversion": "GradInversion (Yin et al. 2021): the gradient and the batch norms' statistics, as a group",
+    "dager": "DAGER (Petrov et al. 2024): tokens and sentences from the spans of the first layers' gradients",
+    "lamp": "LAMP (Balunović et al. 2022): embeddings searched, and tokens moved in between",
+    "tag": "TAG (Deng et al. 2021): embeddings searched, then the nearest tokens",
 }
 STATUS_WORDS = {
     "converged": "converged",

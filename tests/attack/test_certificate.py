@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 
 from attack.algorithms import Answer, Status
 from attack.certificate import certify
-from attack.engine.context import Context
 from attack.engine.target import prepare
 from attack.reconstruct import reconstruct
 from nodes.benchmarks.subjects import Subject, stage
-from tests.attack.toys import example, observe, told
+from tests.attack.toys import example, observe, told, unhurried
 
 FLOAT32_RESOLUTION = 2.0**-50
 
@@ -46,7 +44,7 @@ def test_it_holds_and_is_not_far_off(model: str, batch_size: int, observed: str)
 def test_answer_beside_the_best_match_is_widened() -> None:
     model, inputs, labels = example("sigmoid", batch=1)
     target = prepare(observe(model, inputs, labels), told("sigmoid", inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=math.inf)
+    context = unhurried()
 
     def exactly(moved: object) -> torch.Tensor:
         return inputs.double()

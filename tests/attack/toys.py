@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attack.engine.context import Context
 from attack.observation import Knowledge, Known, Observation
 from harness.models import load_model
 
@@ -81,6 +83,11 @@ def observe(model: nn.Module, inputs: Tensor, labels: Tensor, **changes: Any) ->
         "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
     }
     return Observation(**fields | changes)
+
+
+def unhurried(*, seed: int = 0) -> Context:
+    """What an attack may use, without a deadline."""
+    return Context(generator=torch.Generator().manual_seed(seed), deadline=math.inf)
 
 
 def told(name: str, inputs: Tensor, **more: Any) -> Knowledge:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import nn
 
 from attack.algorithms.gradinversion import gradinversion, restore_labels
-from attack.engine.context import Context
 from attack.engine.priors import BatchStatistics
 from attack.engine.target import prepare
-from tests.attack.toys import example, observe, told
+from tests.attack.toys import example, observe, told, unhurried
 
 
 def test_labels_of_a_batch_are_restored():
@@ -24,7 +21,7 @@ def test_labels_of_a_batch_are_restored():
 def test_searches_that_hold_together_are_polished_to_a_match():
     model, inputs, labels = example("sigmoid")
     target = prepare(observe(model, inputs, labels), told("sigmoid", inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     answer = gradinversion(target, context, iterations=200)
     assert answer.inputs is not None and target.residual(answer.inputs, labels) <= target.tolerance
     assert torch.allclose(answer.inputs.float(), inputs, atol=1e-2, rtol=0)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from attack.algorithms.inverting_gradients import inverting_gradients
-from attack.engine.context import Context
 from attack.engine.priors import total_variation
 from attack.engine.target import prepare
-from tests.attack.toys import example, observe, told
+from tests.attack.toys import example, observe, told, unhurried
 
 
 def test_a_smooth_net_is_polished_to_a_match_that_proves_itself():
     model, inputs, labels = example("convolution")
     target = prepare(observe(model, inputs, labels), told("convolution", inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     answer = inverting_gradients(target, context, iterations=400)
     assert answer.inputs is not None and target.residual(answer.inputs, labels) <= target.tolerance
     assert torch.allclose(answer.inputs.float(), inputs, atol=1e-2, rtol=0)
@@ -25,7 +22,7 @@ def test_a_smooth_net_is_polished_to_a_match_that_proves_itself():
 def test_inputs_stay_within_their_range_where_there_is_no_match():
     model, inputs, labels = example("tanh")
     target = prepare(observe(model, inputs, labels), told("sigmoid", inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     answer = inverting_gradients(target, context, iterations=50)
     assert answer.inputs is not None and 0 <= answer.inputs.min() <= answer.inputs.max() <= 1
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from attack.algorithms import Status
-from attack.engine.context import Context
 from attack.engine.graph import Graph, Kind, NoGraph
 from attack.engine.labels import read_label
 from attack.engine.residual import walk_down
@@ -18,7 +17,7 @@ from attack.observation import Knowledge, Observation
 from attack.reconstruct import reconstruct
 from harness.data import load_data
 from harness.models import load_model
-from tests.attack.toys import observe
+from tests.attack.toys import observe, unhurried
 
 SPEC = "resnet:depth=10,width=32,classes=10,input=3x16x16"
 KNOWLEDGE = Knowledge(model=SPEC, input_shape=(3, 16, 16))
@@ -58,7 +57,7 @@ def test_the_walk_ends_where_gradients_determine_no_more() -> None:
     observation, inputs = seen(training=False, index=15)
     target = prepare(observation, KNOWLEDGE, device=torch.device("cpu"))
     graph = Graph(target.model, (3, 16, 16))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=float("inf"))
+    context = unhurried()
     front = walk_down(target, graph, read_label(target), context)
     with torch.no_grad():
         true = graph.run({0: inputs.double()}, list(front.values))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from attack.engine.chain import trace
-from attack.engine.context import Context
 from attack.engine.cut import count, descend, equations
 from attack.engine.features import read_features
 from attack.engine.target import prepare
 from attack.observation import Knowledge
 from harness.models import load_model
-from tests.attack.toys import observe
+from tests.attack.toys import observe, unhurried
 
 
 @pytest.mark.parametrize(
@@ -42,7 +39,7 @@ def test_truth_satisfies_the_equations_of_the_cut(size: int, end: str) -> None:
     target = prepare(
         observe(net, inputs, labels), Knowledge(model=model, input_shape=shape), device=torch.device("cpu")
     )
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=math.inf)
+    context = unhurried()
     cut = descend(target, trace(target.model, shape), read_features(target, context), context)
     assert sum(type(link.module).__name__ == "Conv2d" for link in cut.links) == int(end[0])
     rows = equations(target, cut)

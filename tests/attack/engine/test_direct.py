@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from attack.engine import direct
-from attack.engine.context import Context
 from attack.engine.direct import Direct, gram
 from attack.engine.linearized import Jacobian
 from attack.engine.prior import Pictures
+from tests.attack.toys import unhurried
 
 SHAPE = (2, 1, 3, 4)
 
@@ -35,10 +33,6 @@ def place() -> Tensor:
     return torch.rand(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def context() -> Context:
-    return Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
-
-
 def test_gram_is_that_of_the_jacobian() -> None:
     parts = [equations(1.0), equations(3.0)]
     x = place()
@@ -58,7 +52,7 @@ def test_step_solves_the_system_here_and_near_by() -> None:
             return at.back(at.forward(v)) / 2.0 + prior.multiply(v)  # type: ignore[attr-defined]
 
         right = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        step, solved = solver.solve(multiply, right, x, prior, 2.0, context(), goal=1e-9)
+        step, solved = solver.solve(multiply, right, x, prior, 2.0, unhurried(), goal=1e-9)
         basis = torch.eye(24, dtype=torch.float64).view(24, *SHAPE)
         system = torch.stack([multiply(v).flatten() for v in basis])
         wanted = torch.linalg.solve(system, right.flatten())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch import nn
 from attack.algorithms import Status
 from attack.engine.by_outputs import ByOutputs
 from attack.engine.chain import NoChain, trace
-from attack.engine.context import Context
 from attack.engine.layers import forward_matrix, gradient_rows, pull_back, push
 from attack.engine.mean_field import QuickWalk
 from attack.engine.stripes import Stripes
@@ -20,7 +17,7 @@ from attack.engine.walk import FullWalk
 from attack.observation import Knowledge
 from attack.reconstruct import reconstruct
 from harness.models import load_model
-from tests.attack.toys import example, observe, told
+from tests.attack.toys import example, observe, told, unhurried
 
 CONVOLUTIONS = {
     "lenet's": (nn.Conv2d(3, 6, 5, stride=2, padding=2), (3, 16, 12)),
@@ -55,7 +52,7 @@ def test_factor_is_that_of_the_dense_matrix(name, kind):
 def test_quick_walk_is_near_the_full_one(name):
     model, inputs, labels = example(name)
     target = prepare(observe(model, inputs, labels), told(name, inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     links, seen = trace(target.model, target.input_shape), []
     walk = QuickWalk(links)
     quick = walk(target, context, lambda iteration, x: seen.append((iteration, x.clone())))
@@ -76,7 +73,7 @@ def test_gradient_near_by_is_walked_back_as_if_in_full(name, holes):
     if holes:
         seen.known[3] = 0
     target = prepare(seen, told(name, inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     walk, links = FullWalk(trace(target.model, target.input_shape)), trace(target.model, target.input_shape)
     first = walk(target, context)
     moved = inputs + 1e-5 * torch.randn(inputs.shape, generator=context.generator)
@@ -109,6 +106,6 @@ def test_gradient_with_holes_is_left_to_the_full_walk():
     seen = observe(model, inputs, labels)
     seen.known[3] = 0
     target = prepare(seen, told("sigmoid", inputs), device=torch.device("cpu"))
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     with pytest.raises(NoChain, match="not known"):
         QuickWalk(trace(target.model, target.input_shape))(target, context)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor, nn
 
-from attack.engine.context import Context
 from attack.engine.picture import SLACK, STEPS, Picture
 from attack.engine.pooling import Block
+from tests.attack.toys import unhurried
 
 
 @torch.no_grad()
@@ -19,7 +17,7 @@ def test_what_annealing_leaves_wrong_is_mended() -> None:
     block = Block(conv=conv, window=(2, 2), input_shape=(3, 16, 16), output_shape=(24, 16, 16))
     blobs = nn.functional.interpolate(torch.rand(1, 3, 6, 6), size=(16, 16), mode="bicubic").double()[0].clamp(0, 1)
     start = (blobs + 0.03 * torch.randn(blobs.shape, dtype=torch.float64)).clamp(0, 1)
-    context = Context(generator=torch.Generator().manual_seed(0), deadline=time.monotonic() + 60)
+    context = unhurried()
     features = block.output(blobs)
     error = torch.randn(features.shape, dtype=torch.float64) * (features > 0)
     cells = block.cells(block.forward(blobs))

@@ -13,10 +13,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from attack.algorithms import METHODS
 from attack.errors import AnswerError
 from attack.evaluate import evaluate
 from attack.observation import Knowledge
 from attack.report import Chapter, write_report
+from attack.report.chapter import METHOD_NAMES
 from attack.report.page import number
 from attack.report.plot import plot
 from attack.victims import Plan, attack_all
@@ -120,3 +122,7 @@ def test_browser_shows_it_without_a_request_or_an_error(page: Path, tmp_path: Pa
     assert outcome.returncode == 0, outcome.stderr
     assert "<title>true 12 0 true</title>" in outcome.stdout, re.findall("<title>.*?</title>", outcome.stdout)
     assert "CONSOLE" not in outcome.stderr, outcome.stderr
+
+
+def test_every_method_has_a_name() -> None:
+    assert METHOD_NAMES.keys() == METHODS.keys()

@@ -114,6 +114,8 @@ class Tunnel:
         while True:
             try:
                 return self._try(other, timeout=max(_RETRY_S, until - time.monotonic()))
+            except ssl.SSLCertVerificationError as error:
+                raise NetworkError(f"tunnel: who answers for rank {other} has no certificate of it: {error}") from error
             except OSError as error:
                 if time.monotonic() > until:
                     place = "{}:{}".format(*self._places[other])

@@ -153,7 +153,9 @@ def test_a_rank_that_stops_ends_the_others_within_the_deadline(kind, how):
         assert text.startswith(f"rank {rank}, step 1: ") and "\n" not in text
         assert seconds < DEADLINE_S + 2.0  # of it, up to one on a busy machine
     if how == "is silent":
+        # Who notices first, a rank or the server, is a race; the others may be told by the one that did.
         late = [text for error, text, _ in ranks[:-1] if error == DeadlineError.__name__]
+        late += [text for text in servers if text.startswith(DeadlineError.__name__)]
         assert late and all("no " in text and f"within {DEADLINE_S:g} s" in text for text in late)
     for text in servers:
         assert text.startswith(("DeadlineError: server", "PeerError: server"))

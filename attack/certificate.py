@@ -65,14 +65,16 @@ class Certificate:
 def certify(target: Target, answer: Answer, context: Context) -> Certificate:
     """The certificate of an answer that has inputs and labels."""
     assert answer.inputs is not None and answer.labels is not None
-    inputs, labels, away = answer.inputs.detach(), answer.labels, 0.0
+    inputs, labels = answer.inputs.detach(), answer.labels
+    away = float((inputs.float().double() - inputs).square().mean())  # it is given as float32
     if answer.left_open is not None:
         predicted = (FILLED_SAFETY if answer.filled else SAFETY) * answer.left_open
         return Certificate(predicted_mse=predicted, left_open=answer.left_open)
     if answer.again is None and len(inputs) == 1:
         closed = rgap(target, context)
         if closed.inputs is not None and closed.labels is not None and closed.labels.equal(labels):
-            answer, away = closed, float((closed.inputs - inputs).square().mean())
+            answer = closed
+            away += float((closed.inputs - inputs).square().mean())
     left_open = 0.0 if answer.belief is None else answer.belief.variance
     if answer.again is not None:
         try:

@@ -54,7 +54,8 @@ class Certificate(Benchmark):
     deadline_s: float = 60.0
     """Longest time for one case, in seconds."""
     method: str = "exact"
-    """exact (rgap for convolutions, unmix for fully connected nets), or any method of gradtap attack."""
+    """exact (what auto takes first: rgap for convolutions, spear for batches of ReLU nets, else unmix), or any method of
+    gradtap attack."""
 
     def run(self) -> Result:
         """Attacks every case."""
@@ -71,7 +72,8 @@ class Certificate(Benchmark):
         observation, knowledge, truth = stage(subject)
         method = self.method
         if method == "exact":
-            method = "rgap" if subject.model.startswith("lenet") else "unmix"
+            connected = "unmix" if subject.batch_size == 1 or "activation" in subject.model else "spear"
+            method = "rgap" if subject.model.startswith("lenet") else connected
         found = reconstruct(observation, knowledge, method=method, seed=self.seed, deadline_s=self.deadline_s)
         true = None
         if found.inputs is not None and found.labels is not None:

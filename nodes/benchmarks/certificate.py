@@ -54,8 +54,8 @@ class Certificate(Benchmark):
     deadline_s: float = 60.0
     """Longest time for one case, in seconds."""
     method: str = "exact"
-    """exact (what auto takes first: rgap for convolutions, spear for batches of ReLU nets, else unmix), or any method of
-    gradtap attack."""
+    """exact (what auto takes first: rgap for convolutions, spear for batches of ReLU nets, else unmix), or any of
+    gradtap attack's methods."""
 
     def run(self) -> Result:
         """Attacks every case."""

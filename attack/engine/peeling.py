@@ -249,10 +249,11 @@ def _search(layer: _Layer, rest: Tensor, found: Tensor, gone: Tensor, context: C
     rank = layer.batch - int(gone.sum())
     left, _, _ = torch.linalg.svd(rest, full_matrices=False)
     left = left[:, :rank]
-    span = functional.normalize(left[_fewest_first(layer, rest)], dim=1)
-    best = functional.normalize((layer.rows @ found[:, ~gone]).T @ left, dim=1)
-    if len(span) < rank - 1 + SURPLUS:
+    rows = _fewest_first(layer, rest)
+    if len(rows) < rank - 1 + SURPLUS:
         return []
+    span = functional.normalize(left[rows], dim=1)
+    best = functional.normalize((layer.rows @ found[:, ~gone]).T @ left, dim=1)
     for _ in range(0, MOST_DRAWS, DRAWS):
         if not context.seconds_left:
             break
@@ -281,6 +282,8 @@ def _fewest_first(layer: _Layer, rest: Tensor) -> Tensor:
     """
     bias = rest @ layer.first
     rows = (bias.abs() > CLEAR * layer.noise).nonzero()[:, 0]
+    if not len(rows):
+        return rows
     amid = (rest[rows] / bias[rows, None]).median(0).values
     return rows[layer.margin(amid)[rows].argsort()]
 

@@ -70,6 +70,16 @@ def test_units_that_were_not_seen_are_done_without() -> None:
     assert worst_error(reconstruct(seen, told(TEN), method="spear"), inputs, labels) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_gradient_is_no_answer(dtype: torch.dtype) -> None:
+    net, labels = net_and_labels(TEN, 6, seed=6)
+    seen = observe(net, pictures(6, seed=6), labels)
+    rounded = seen.gradient.to(dtype).float()
+    seen = dataclasses.replace(seen, gradient=rounded, bound=(seen.gradient - rounded).abs().max().expand_as(rounded))
+    found = reconstruct(seen, told(TEN, batch_size=6), method="spear")
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None and found.reason
+
+
 def test_one_picture_twice_is_no_answer() -> None:
     net, labels = net_and_labels(TEN, 6, seed=4)
     inputs = pictures(6, seed=4)

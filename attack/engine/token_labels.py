@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -171,8 +171,8 @@ def _run(target: Target, sentences: list[Tensor], name: str) -> _Pass:
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: object) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)  # type: ignore[arg-type]
+def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:

@@ -70,8 +70,13 @@ def example(name: str, *, seed: int = 0, batch: int = 1) -> tuple[nn.Module, Ten
 def observe(model: nn.Module, inputs: Tensor, labels: Tensor, **changes: Any) -> Observation:
     """What a perfect tap sees of a rank that sends the float32 gradient of its mean loss."""
     loss = nn.functional.cross_entropy(model(inputs), labels)
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+    return observe_gradient(model, gradient, **changes)
+
+
+def observe_gradient(model: nn.Module, gradient: Tensor, **changes: Any) -> Observation:
+    """What a perfect tap sees of a rank that sends this gradient, float32, shape (parameters,)."""
     parameters = list(model.parameters())
-    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)])
     fields = {
         "rank": 0,
         "step": 0,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from attack.algorithms import Reconstruction, Status
-from attack.observation import Knowledge, Known, Observation
+from attack.observation import Knowledge, Observation
 from attack.reconstruct import reconstruct
 from harness.gradients import mean_gradient
 from harness.models import IGNORED, LOSSES, load_model
 from harness.types import Batch
+from tests.attack.toys import observe_gradient
 
 SHAPE = "vocab=300,hidden=96,depth=2,heads=4,length=24"
 MASK = 4
@@ -40,25 +41,16 @@ def attacked(
     spec: str, loss: str, batch: Batch, *, seed: int, method: str = "auto", deadline_s: float = 60.0
 ) -> Reconstruction:
     torch.manual_seed(seed)
-    model = load_model(f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}")
+    spec = f"{spec}{',' if ':' in spec else ':'}{SHAPE}"
+    model = load_model(spec)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # A fresh model looks at all tokens alike; a trained one does not.
             if "self.query.weight" in name or "self.key.weight" in name:
                 parameter *= 5
     gradient = mean_gradient(model, LOSSES[loss], batch).flat
-    seen = Observation(
-        rank=0,
-        step=0,
-        world_size=2,
-        exchange="zeromq",
-        gradient=gradient,
-        known=torch.full(gradient.shape, int(Known.RAW), dtype=torch.uint8),
-        weights=torch.cat([parameter.detach().flatten() for parameter in model.parameters()]),
-        shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
-    )
-    name = f"{spec}:{SHAPE}" if ":" not in spec else f"{spec},{SHAPE}"
-    knowledge = Knowledge(model=name, loss=loss, input_shape=(24,), tokens=model.tokens)
+    seen = observe_gradient(model, gradient, world_size=2)
+    knowledge = Knowledge(model=spec, loss=loss, input_shape=(24,), tokens=model.tokens)
     return reconstruct(seen, knowledge, method=method, deadline_s=deadline_s)
 
 

@@ -47,7 +47,7 @@ def test_where_no_unit_is_on_for_one_example_alone_directions_are_drawn() -> Non
     net, labels = net_and_labels(TEN, 12, seed=1)
     inputs = torch.randn(12, 3, 32, 32)
     with torch.no_grad():
-        on = net.body[1](inputs.flatten(1)) > 0  # type: ignore[index,union-attr]
+        on = net.get_submodule("body.1")(inputs.flatten(1)) > 0
     assert on.sum(0).min() >= 2
     assert worst_error(reconstruct(observe(net, inputs, labels), told(TEN), method="spear"), inputs, labels) < 1e-10
 

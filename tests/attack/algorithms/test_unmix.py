@@ -92,7 +92,7 @@ def test_example_that_switches_a_whole_layer_off_is_no_picture() -> None:
     net, inputs, labels = batch("mlp", 4)
     inputs[2] = 0
     with torch.no_grad():
-        net.body[1].bias.abs_().neg_()  # type: ignore[index,union-attr]
+        net.get_parameter("body.1.bias").abs_().neg_()
     found = reconstruct(observe(net, inputs, labels), told("mlp"), method="unmix")
     assert found.status is Status.NOT_CONVERGED and found.inputs is None
     assert found.reason is not None and "an example's error does not reach it" in found.reason

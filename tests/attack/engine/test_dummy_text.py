@@ -12,11 +12,12 @@ from attack.engine.dummy_labels import asked_tokens
 from attack.engine.dummy_text import DummyText, NoText
 from attack.engine.labels import NoLabel
 from attack.engine.target import Target, prepare
-from attack.observation import Knowledge, Known, Observation
+from attack.observation import Knowledge
 from harness.gradients import mean_gradient
 from harness.models import IGNORED, LOSSES, load_model
 from harness.types import Batch
 from tests.attack.algorithms.test_dager import batch_of
+from tests.attack.toys import observe_gradient
 
 SHAPE = "vocab=300,hidden=32,depth=1,heads=2,length=24"
 SURE = 40.0
@@ -27,16 +28,7 @@ def target_of(spec: str, loss: str, batch: Batch) -> Target:
     torch.manual_seed(0)
     model = load_model(spec)
     gradient = mean_gradient(model, LOSSES[loss], batch).flat
-    seen = Observation(
-        rank=0,
-        step=0,
-        world_size=1,
-        exchange="zeromq",
-        gradient=gradient,
-        known=torch.full(gradient.shape, int(Known.RAW), dtype=torch.uint8),
-        weights=torch.cat([parameter.detach().flatten() for parameter in model.parameters()]),
-        shapes=tuple(tuple(parameter.shape) for parameter in model.parameters()),
-    )
+    seen = observe_gradient(model, gradient)
     told = Knowledge(model=spec, loss=loss, input_shape=(24,), tokens=model.tokens, batch_size=len(batch.inputs))
     return prepare(seen, told, device=torch.device("cpu"))
 

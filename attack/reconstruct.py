@@ -60,6 +60,24 @@ def reconstruct(
 
     Raises: AttackError: the method, the device or the knowledge cannot be.
     """
+    _, found = attempt(
+        observation, knowledge, method=method, seed=seed, device=device, deadline_s=deadline_s, progress=progress
+    )
+    return found
+
+
+def attempt(
+    observation: Observation,
+    knowledge: Knowledge,
+    *,
+    method: str = "auto",
+    seed: int = 0,
+    device: str = "auto",
+    deadline_s: float = DEADLINE_S,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> tuple[Answer, Reconstruction]:
+    """What a method proposes, whatever it is worth, and the reconstruction that it earns: `reconstruct`, for
+    measurements that look at a search that did not converge as well."""
     if method not in METHODS:
         raise AttackError(f"method {method!r} is not known; there are: {', '.join(METHODS)}")
     here = pick_device(device)
@@ -73,11 +91,13 @@ def reconstruct(
             raise AttackError(f"method {method!r} is for pictures; for text there are: {', '.join(TEXT_METHODS)}")
         if target.tokens is None and method in TEXT_ONLY:
             raise AttackError(f"method {method!r} is for text, and model {knowledge.model!r} takes no tokens")
-        fields |= judge(target, METHODS[method](target, context), context)
+        answer = METHODS[method](target, context)
+        fields |= judge(target, answer, context)
     except Refused as refused:
+        answer = Answer(inputs=None, labels=None, reason=refused.reason)
         fields["status"] = Status.NOT_CONVERGED if refused.observed else Status.NOT_OBSERVED
         fields["reason"] = refused.reason
-    return Reconstruction(
+    return answer, Reconstruction(
         rank=observation.rank,
         step=observation.step,
         seconds=time.monotonic() - start,

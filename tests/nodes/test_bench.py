@@ -79,12 +79,17 @@ def test_bench_patterns_scores_only_what_converged(capsys):
         assert row["psnr_db"] is None and "MaxPool2d" in row["reason"] and row["reference_psnr_db"] > 0
 
 
-def test_bench_sentences_counts_tokens_by_iteration(capsys):
+@pytest.mark.lab
+def test_bench_sentences_reads_captures_and_counts_tokens_by_iteration(capsys):
     arguments = ["--model", "gpt2:hidden=32,depth=1,heads=2", "--loss", "causal_lm", "--data", "prose:length=10"]
-    arguments += ["--seeds", "1", "--methods", "dager", "tag", "--iterations", "25", "100", "--deadline-s", "60"]
+    arguments += ["--sentences", "2", "--steps", "1", "--methods", "dager", "tag", "--iterations", "25", "100"]
     assert main(["bench", "sentences", *arguments, "--json"]) == 0
     dager, tag, *rows = json.loads(capsys.readouterr().out)["cases"]
-    assert len(rows) == 2 and dager["found"] == dager["token_accuracy"] == 1 and dager["by_iteration"]["25"] is None
+    assert len(rows) == 4 and {(row["rank"], row["method"]) for row in rows} == {
+        (rank, method) for rank in (0, 1) for method in ("dager", "tag")
+    }
+    assert dager["converged"] == 2 and dager["exact_share"] == dager["token_share"] == dager["rougeL"] == 1
+    assert dager["by_iteration"]["25"] is None and 0 < dager["most_tokens"] <= 10 < dager["bound"] == 30
     assert 0 <= tag["by_iteration"]["25"] <= tag["by_iteration"]["100"] <= 1
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State, nothing_yet
 from harness.defenses.clip import check_norm, shrink
-from harness.defenses.largest import largest
+from harness.defenses.largest import Sampling, largest
 from harness.defenses.prune import check_share
 from harness.wire.coded import Coded, Float32
 from harness.wire.sparse import Sparse
@@ -69,8 +69,8 @@ class TopK(Coder):
         velocity = state["velocity"].numpy() if self.momentum else None
         factor = np.float32(self.momentum)
 
-        def peek(where: slice) -> Float32:
-            return kept[where] + (given[where] if velocity is None else factor * velocity[where] + given[where])
+        def peek(part: Sampling) -> Float32:
+            return part(kept) + (part(given) if velocity is None else factor * part(velocity) + part(given))
 
         def fill(block: slice) -> None:
             if velocity is None:

@@ -92,17 +92,22 @@ class Kept:
         content = safetensors.torch.save(tensors, {KEY: json.dumps(document)})
         write_atomically(self._path(victim), content, durable=True)
 
+    def check(self) -> None:
+        """Raises: AttackError: something in the folder answers another question."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._document(path)
+
     def status(self, victim: Victim) -> Status | None:
         """How a victim ended; None where it is not kept.
 
         Raises: AttackError: what is kept of it answers another question, or is of other traffic.
         """
-        document = self._document(victim)
+        document = self._document(self._path(victim), victim)
         return None if document is None else Status(document["found"]["status"])
 
     def read(self, victim: Victim) -> Reconstruction:
         """What was kept, to the bit. Raises: AttackError, as `status`; AnswerError where nothing is."""
-        document = self._document(victim)
+        document = self._document(self._path(victim), victim)
         if document is None:
             raise AnswerError(
                 f"{self._path(victim)}: it was there, and is gone; did something else write to this folder?"
@@ -129,8 +134,7 @@ class Kept:
     def _path(self, victim: Victim) -> Path:
         return self.folder / f"{victim.name}.safetensors"
 
-    def _document(self, victim: Victim) -> dict[str, Any] | None:
-        path = self._path(victim)
+    def _document(self, path: Path, victim: Victim | None = None) -> dict[str, Any] | None:
         try:
             with safe_open(path, framework="pt") as file:
                 document: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
@@ -139,7 +143,7 @@ class Kept:
         if document.get("version") != FORMAT:
             return None
         other = _difference(document["question"], self.question)
-        if other is None and document["digest"] != victim.digest:
+        if other is None and victim is not None and document["digest"] != victim.digest:
             other = "it was attacked in other traffic"
         if other is None:
             return document

@@ -6,12 +6,13 @@ tasks are.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
@@ -22,6 +23,8 @@ import torch
 from attack.engine.context import Progress
 
 POLL_S = 0.2
+AHEAD = 1
+"""Tasks that wait beside those under way: the next one is there when one is done."""
 
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
@@ -34,17 +37,18 @@ class WorkerDied(Exception):
 
 def work_in_processes(
     work: Callable[[Task, Tell], Outcome],
-    tasks: Sequence[Task],
+    tasks: Iterable[Task],
     parallel: int,
     *,
-    told: Callable[[Task, Progress], None],
-    ended: Callable[[Task, Outcome], None],
+    told: Callable[[int, Progress], None],
+    ended: Callable[[int, Outcome], None],
 ) -> None:
     """Does every task. Blocks until all are done.
 
     Args:
         work: can be pickled, as tasks and outcomes can. Is given a task, and whom to tell how far it has come.
-        told, ended: called in this thread, in the order in which it happens.
+        tasks: asked for as they can be done, and let go of when they are under way: they may be large, and many.
+        told, ended: called in this thread, in the order in which it happens, with the task's number, from 0.
 
     Raises: WorkerDied; and whatever `work` does, or a signal: then the tasks under way have been broken off.
     """
@@ -55,18 +59,27 @@ def work_in_processes(
     news: SimpleQueue[tuple[int, Progress]] = start.SimpleQueue()
     others = set(multiprocessing.active_children())
     pool = futures.ProcessPoolExecutor(parallel, mp_context=start, initializer=_begin, initargs=(news,))
-    waiting = list(enumerate(tasks))
-    running: dict[futures.Future[bytes], Task] = {}
+    waiting, numbers = iter(tasks), itertools.count()
+    running: dict[futures.Future[bytes], int] = {}
+
+    def begin_next() -> bool:
+        """Whether there was another task. A function, so that nothing here holds on to it."""
+        for task in waiting:
+            index = next(numbers)
+            # Tensors travel as plain bytes: torch would pass them as open files, of which a process has few.
+            running[pool.submit(_do, index, pickle.dumps((work, task)))] = index
+            return True
+        return False
+
     try:
-        while waiting or running:
-            while waiting and len(running) < 2 * parallel:  # the next one is there when one is done
-                index, task = waiting.pop(0)
-                # Tensors travel as plain bytes: torch would pass them as open files, of which a process has few.
-                running[pool.submit(_do, index, pickle.dumps((work, task)))] = task
+        while True:
+            while len(running) < parallel + AHEAD and begin_next():
+                pass
+            if not running:
+                break
             done, _ = futures.wait(running, timeout=POLL_S, return_when=futures.FIRST_COMPLETED)
             while not news.empty():
-                index, progress = news.get()
-                told(tasks[index], progress)
+                told(*news.get())
             for future in done:
                 ended(running.pop(future), pickle.loads(future.result()))
     except BaseException as error:

@@ -11,12 +11,14 @@ import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attack.algorithms import METHODS, Reconstruction, Status
 from attack.answer import describe, to_plain, write_answer
@@ -29,6 +31,8 @@ from attack.reconstruct import DEADLINE_S, pick_device, reconstruct
 from attack.shades import Shades
 from harness.models import load_tokenizer
 
+AHEAD_BYTES = 512 << 20
+"""Observations that are read ahead of their attacks: five thousand of a LeNet, two or three of MiniLM."""
 POLL_S = 0.2
 TELL_S = 0.5
 """Between two reports of one victim's progress."""
@@ -100,7 +104,8 @@ class VictimProgress:
     """Whether an earlier attack, which was interrupted, had it done already."""
     done: int
     """Victims that are done."""
-    total: int
+    total: int | None
+    """Victims there are; None while not all have been read."""
 
 
 Listener = Callable[[VictimProgress], None]
@@ -109,8 +114,9 @@ Listener = Callable[[VictimProgress], None]
 class _News:
     """Counts what is done, and tells the listener."""
 
-    def __init__(self, listener: Listener, total: int) -> None:
-        self._listener, self._total, self._done = listener, total, 0
+    def __init__(self, listener: Listener) -> None:
+        self._listener, self._done = listener, 0
+        self.total: int | None = None
 
     def told(self, victim: Victim, progress: Progress) -> None:
         self._tell(victim, now=progress)
@@ -120,10 +126,62 @@ class _News:
         self._tell(victim, status=status, kept=kept)
 
     def _tell(self, victim: Victim, **more: Any) -> None:
-        self._listener(VictimProgress(rank=victim.rank, step=victim.step, done=self._done, total=self._total, **more))
+        self._listener(VictimProgress(rank=victim.rank, step=victim.step, done=self._done, total=self.total, **more))
 
 
 _Task = tuple[Victim, Observation]
+
+
+class _Line:
+    """The victims as they are read, in order, and those among them that are this process's to attack.
+
+    Read ahead is no more than `AHEAD_BYTES`: of most captures all, so that it is known at once how many there are. Of
+    large models a victim is read when its turn comes, and let go of when it is under way.
+    """
+
+    def __init__(self, observations: Iterable[Observation], share: Share, news: _News) -> None:
+        self._observations, self._share, self._news = iter(observations), share, news
+        self.victims: list[Victim] = []
+        """All that were read."""
+        self.mine: list[Victim] = []
+        """Of these, this process's."""
+        self.whole = False
+        """Whether there are no more than these."""
+        self._ahead: deque[_Task] = deque()
+        self._ahead_bytes = 0
+        self._read_ahead(least=2)
+
+    @property
+    def several(self) -> bool:
+        """Whether this process has more than one to attack, as far as is read ahead."""
+        return len(self._ahead) > 1
+
+    def tasks(self) -> Iterator[_Task]:
+        """This process's, in order. Ask once."""
+        while self._ahead:
+            self._ahead_bytes -= _size(self._ahead[0][1])
+            self._read_ahead()
+            yield self._ahead.popleft()
+
+    def _read_ahead(self, least: int = 0) -> None:
+        while self._ahead_bytes < AHEAD_BYTES or len(self._ahead) < least:
+            observation = next(self._observations, None)
+            if observation is None:
+                self.whole = True
+                self._news.total = len(self.mine if self._share.rank else self.victims)
+                return
+            victim = Victim.of(observation)
+            self.victims.append(victim)
+            if (len(self.victims) - 1) % self._share.size == self._share.rank:
+                self.mine.append(victim)
+                self._ahead.append((victim, observation))
+                self._ahead_bytes += _size(observation)
+
+
+def _size(observation: Observation) -> int:
+    """Bytes of its tensors."""
+    values = (getattr(observation, field.name) for field in dataclasses.fields(observation))
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def attack_all(
@@ -154,28 +212,37 @@ def attack_all(
     device = pick_device(plan.device)
     began = time.monotonic()
     kept = Kept(out=out, question=_question(plan, device, knowledge), overwrite=overwrite)
-    victims: list[Victim] = []
-    mine: list[_Task] = []
-    for place, observation in enumerate(observations):
-        victims.append(Victim.of(observation))
-        if place % share.size == share.rank:
-            mine.append((victims[-1], observation))
+    kept.check()  # an answer in the way is found now, not after all the work
+    news = _News(listener)
+    line = _Line(observations, share, news)
     # By all that there are, though some be kept: one thread each or many can change an answer's last bits.
-    parallel = min(plan.parallel, len(mine)) if device.type == "cpu" or plan.processes else 1
-    news = _News(listener, len(mine) if share.rank else len(victims))
+    parallel = plan.parallel if line.several and (device.type == "cpu" or plan.processes) else 1
+    resumed = 0
+    left: list[Victim] = []
+
+    def tasks() -> Iterator[_Task]:
+        nonlocal resumed
+        for victim, observation in line.tasks():
+            if (status := kept.status(victim)) is None:
+                left.append(victim)
+                yield victim, observation
+            else:
+                resumed += 1
+                news.ended(victim, status, kept=True)
+
     try:
-        left = [task for task in mine if not _is_kept(task[0], kept, news)]
-        if share.rank == 0:  # an answer in the way is found now, not after all the work
-            resumed = len(mine) - len(left) + sum(kept.status(victim) is not None for victim in _others(victims, mine))
-        _attack_each(left, functools.partial(_attack, knowledge, plan, kept), parallel, news)
+        _attack_each(tasks(), left, functools.partial(_attack, knowledge, plan, kept), parallel, news)
         if share.rank:
             return None
-        _wait_for(_others(victims, mine), kept, news, patience_s=2 * plan.deadline_s + PATIENCE_S)
+        others = [victim for victim in line.victims if victim not in line.mine]
+        resumed += sum(kept.status(victim) is not None for victim in others)
+        _wait_for(others, kept, news, patience_s=2 * plan.deadline_s + PATIENCE_S)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_what_is_kept(victims, kept)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_what_is_kept(line, kept)}") from None
     except WorkerDied as error:
         reason = "an attacking process died, perhaps for want of memory: try fewer processes"
-        raise AnswerError(f"{reason}; {_what_is_kept(victims, kept)}") from error
+        raise AnswerError(f"{reason}; {_what_is_kept(line, kept)}") from error
+    victims = line.victims
     victims.sort(key=lambda victim: (victim.step, victim.rank))
     reconstructions = [kept.read(victim) for victim in victims]
     answer = {
@@ -183,7 +250,7 @@ def attack_all(
         "seed": plan.seed,
         "device": str(device),
         "deadline_s": plan.deadline_s,
-        "processes": parallel,
+        "processes": min(parallel, max(1, len(line.mine))),
         "ranks": share.size,
         "resumed": resumed,
         "seconds": time.monotonic() - began,
@@ -225,21 +292,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
-def _others(victims: Sequence[Victim], mine: Sequence[_Task]) -> list[Victim]:
-    own = {victim.name for victim, _ in mine}
-    return [victim for victim in victims if victim.name not in own]
-
-
-def _is_kept(victim: Victim, kept: Kept, news: _News) -> bool:
-    status = kept.status(victim)
-    if status is not None:
-        news.ended(victim, status, kept=True)
-    return status is not None
-
-
-def _what_is_kept(victims: Sequence[Victim], kept: Kept) -> str:
-    done = sum(kept.status(victim) is not None for victim in victims)
-    return f"{done} of {len(victims)} victims are done and kept in {kept.folder}: the same command goes on from there"
+def _what_is_kept(line: _Line, kept: Kept) -> str:
+    done = sum(kept.status(victim) is not None for victim in line.victims)
+    count = f"{done} of {len(line.victims)}" if line.whole else str(done)
+    return f"{count} victims are done and kept in {kept.folder}: the same command goes on from there"
 
 
 def _attack(knowledge: Knowledge, plan: Plan, kept: Kept, task: _Task, tell: Tell) -> Status:
@@ -270,14 +326,21 @@ def _throttled(tell: Tell) -> Tell:
     return sometimes
 
 
-def _attack_each(tasks: Sequence[_Task], attack: Callable[[_Task, Tell], Status], parallel: int, news: _News) -> None:
+def _attack_each(
+    tasks: Iterator[_Task],
+    victims: Sequence[Victim],
+    attack: Callable[[_Task, Tell], Status],
+    parallel: int,
+    news: _News,
+) -> None:
+    """Attacks every victim; `victims` grows as the tasks are asked for."""
     if parallel > 1:
         work_in_processes(
             attack,
             tasks,
             parallel,
-            told=lambda task, progress: news.told(task[0], progress),
-            ended=lambda task, status: news.ended(task[0], status),
+            told=lambda index, progress: news.told(victims[index], progress),
+            ended=lambda index, status: news.ended(victims[index], status),
         )
         return
     for task in tasks:

@@ -90,15 +90,16 @@ def measure(
     found: dict[tuple[int, int, Attacker], _Found] = {}
     tasks = [(one, attacker) for one in seen for attacker in Attacker if defense or attacker is Attacker.ADAPTIVE]
 
-    def ended(task: _Task, answer: _Found) -> None:
-        found[task[0].step, task[0].rank, task[1]] = answer
+    def ended(index: int, answer: _Found) -> None:
+        observation, attacker = tasks[index]
+        found[observation.step, observation.rank, attacker] = answer
 
     attack = functools.partial(_attack, knowledge, defense, plan)
     if plan.processes > 1:
-        work_in_processes(attack, tasks, plan.processes, told=lambda task, progress: None, ended=ended)
+        work_in_processes(attack, tasks, plan.processes, told=lambda index, progress: None, ended=ended)
     else:
-        for task in tasks:
-            ended(task, attack(task, lambda progress: None))
+        for index, task in enumerate(tasks):
+            ended(index, attack(task, lambda progress: None))
     shades = Shades.of(knowledge.summary())
     victims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []

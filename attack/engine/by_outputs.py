@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attack.engine.chain import Link
-from attack.engine.layers import forward_matrix, pull_back, push, push_covariance
-from attack.engine.stripes import lower_gram, whitening
+from attack.engine.factor import Factor, lower_product
+from attack.engine.layers import phases, pull_back, push, push_covariance, push_each
 
 KNOWN = 1e-3
 """A direction of a layer's input is known where its gradient rows say more than this share of what the forward rows
@@ -36,33 +36,39 @@ class ByOutputs:
     def __init__(self, link: Link, precision: Tensor, rows: Tensor, floor: float) -> None:
         self._link, self._rows, self._channels = link, rows, link.inputs // rows.shape[1]
         self._weight = next(link.module.parameters()).float()
-        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        values, vectors = _eigenvectors(rows.T @ rows, link)
         values = values.clamp(min=0) + floor
         says = precision.float().clamp(min=1e-12 * float(precision.max()) + torch.finfo(torch.float32).tiny)
         typical = float(pull_back(link, says[None], self._weight.square()).mean())  # of the diagonal of F'PF
-        count = int((values < KNOWN * typical).sum())
-        self._open = vectors[:, :count].float()
-        self._covariance = (vectors[:, count:] / values[count:] @ vectors[:, count:].T).float()
+        opened = values < KNOWN * typical
+        self._open, known = vectors[:, opened].float(), vectors[:, ~opened].float()
+        self._covariance = known / values[~opened].float() @ known.T
 
         noise = push_covariance(link, self._covariance, self._weight)
         noise.diagonal().add_(1 / says)
-        self._whitening = whitening(noise, link)
-        forward = forward_matrix(link, torch.float32).view(link.outputs, self._channels, -1)
-        self._forward_open = (forward @ self._open).flatten(1)  # F_o
-        matrix = lower_gram((self._whitening @ self._forward_open).T)
-        matrix.diagonal().add_(values[:count].float().repeat(self._channels))
-        self._whitening_open = whitening(matrix, link)
+        self._noise = Factor(noise, link)
+        self._forward_open = push_each(link, self._open.T, self._weight).flatten(1)  # F_o
+        forward = self._noise.forward(self._forward_open.T)
+        matrix = lower_product(forward, forward)
+        matrix.diagonal().add_(values[opened].float().repeat(self._channels))
+        self._matrix = Factor(matrix, link)
 
     def solve(self, right: Tensor, rows: Tensor) -> Tensor:
         """The inverse times `right` + E'`rows`: (vectors, inputs), (vectors, channels, rows) -> (vectors, inputs)."""
         r = (right.view(len(right), self._channels, -1) + rows @ self._rows).float()
-        explained = self._weigh(push(self._link, (r @ self._covariance).flatten(1), self._weight))
-        free = (r @ self._open).flatten(1) - explained @ self._forward_open
-        free = free @ self._whitening_open.T @ self._whitening_open
-        explained = explained + self._weigh(free @ self._forward_open.T)
+        explained = self._noise.solve(push(self._link, (r @ self._covariance).flatten(1), self._weight))
+        free = self._matrix.solve((r @ self._open).flatten(1) - explained @ self._forward_open)
+        explained = explained + self._noise.solve(free @ self._forward_open.T)
         left = r - pull_back(self._link, explained, self._weight).view_as(r)
         known = left @ self._covariance + free.view(len(r), self._channels, -1) @ self._open.T
         return known.flatten(1).to(right)
 
-    def _weigh(self, outputs: Tensor) -> Tensor:
-        return outputs @ self._whitening.T @ self._whitening
+
+def _eigenvectors(gram: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and, in columns, eigenvectors of E'E, in no order: of each phase by itself."""
+    values, vectors, first = gram.new_empty(len(gram)), torch.zeros_like(gram), 0
+    for phase in phases(link):
+        found = slice(first, first + len(phase))
+        values[found], vectors[phase, found] = torch.linalg.eigh(gram[phase[:, None], phase])
+        first = found.stop
+    return values, vectors

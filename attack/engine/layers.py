@@ -147,14 +147,46 @@ def forward_matrix(link: Link, dtype: torch.dtype) -> Tensor:
     return forward.view(outputs * rows * columns, -1)
 
 
+def push_each(link: Link, columns: Tensor, weight: Tensor) -> Tensor:
+    """F u for a `u` in one of the input's channels, zero in the others: (vectors, elements of a channel) -> (outputs,
+    channels, vectors).
+
+    Args:
+        weight: the layer's own, in the dtype of `columns`.
+    """
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return weight[:, :, None] * columns[:, 0]
+    assert isinstance(module, nn.Conv2d)
+    found = functional.conv2d(
+        columns.view(-1, 1, *link.input_shape[1:]),
+        weight.flatten(0, 1)[:, None],
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+    )
+    return found.unflatten(1, weight.shape[:2]).flatten(3).permute(1, 3, 2, 0).flatten(0, 1)
+
+
+def phases(link: Link) -> list[Tensor]:
+    """Elements of one input channel, int64, flat, in groups that no gradient row has in common (`gradient_rows`)."""
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return [torch.zeros(1, dtype=torch.int64, device=module.weight.device)]
+    assert isinstance(module, nn.Conv2d)
+    (_, height, width), (down, across) = link.input_shape, module.stride
+    elements = torch.arange(height * width, device=module.weight.device).view(height, width)
+    return [elements[y::down, x::across].flatten() for y, x in itertools.product(range(down), range(across))]
+
+
 def push_covariance(link: Link, covariance: Tensor, weight: Tensor) -> Tensor:
     """F C F', (outputs, outputs), where C holds `covariance`, (elements, elements), for each of the input's channels,
-    and is zero between elements that no gradient row has in common (`gradient_rows`).
+    and is zero between elements of different `phases`. What is above the diagonal may be left out.
 
     Args:
         weight: the layer's own, in the dtype of `covariance`.
     """
-    module, size = link.module, len(covariance)
+    module = link.module
     if isinstance(module, nn.Linear):
         return weight @ weight.T * covariance
     assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
@@ -163,7 +195,7 @@ def push_covariance(link: Link, covariance: Tensor, weight: Tensor) -> Tensor:
     apart = (s // math.gcd(s, d) for s, d in zip(module.stride, module.dilation, strict=True))
     down, across = (min(step, k) for step, k in zip(apart, module.kernel_size, strict=True))
     if (kernel * math.prod(positions)) ** 2 > down * across * link.outputs * link.inputs:
-        forward = forward_matrix(link, weight.dtype).view(link.outputs, -1, size)
+        forward = forward_matrix(link, weight.dtype).view(link.outputs, -1, len(covariance))
         return push(link, (forward @ covariance).flatten(1), weight)
     # The covariance of what a kernel element meets at each position with what another one does.
     (height, width), (top, left) = link.input_shape[1:], module.padding
@@ -172,13 +204,16 @@ def push_covariance(link: Link, covariance: Tensor, weight: Tensor) -> Tensor:
         reach = module.dilation[axis % 2] * (module.kernel_size[axis % 2] - 1) + 1
         windows = windows.unfold(axis, reach, module.stride[axis % 2])
     windows = windows[..., :: module.dilation[0], :: module.dilation[1], :: module.dilation[0], :: module.dilation[1]]
-    total = weight.new_zeros(outputs**2, math.prod(positions) ** 2)
+    first, second = torch.tril_indices(outputs, outputs, device=weight.device)
+    total = weight.new_zeros(len(first), math.prod(positions) ** 2)
     for y, x in itertools.product(range(down), range(across)):
-        part = weight[:, :, y::down, x::across].flatten(2)
-        pairs = torch.einsum("ack,bcl->abkl", part, part).flatten(2).flatten(0, 1)
+        part = weight[:, :, y::down, x::across].flatten(2).transpose(1, 2)
+        pairs = (part[first] @ part[second].mT).flatten(1)
         met = windows[..., y::down, x::across, y::down, x::across].permute(4, 5, 6, 7, 0, 1, 2, 3)
-        total += pairs @ met.reshape(pairs.shape[1], -1)
-    return total.view(outputs, outputs, math.prod(positions), -1).transpose(1, 2).reshape(link.outputs, -1)
+        total.addmm_(pairs, met.reshape(pairs.shape[1], -1))
+    found = weight.new_zeros(outputs, math.prod(positions), outputs, math.prod(positions))
+    found[first, :, second] = total.view(len(first), math.prod(positions), -1)
+    return found.view(link.outputs, -1)
 
 
 def one_output_row(link: Link, dtype: torch.dtype) -> Tensor:

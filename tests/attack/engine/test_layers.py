@@ -43,7 +43,7 @@ def test_covariance_of_one_channel_is_pushed_as_the_dense_one(layer: nn.Module, 
     dense = torch.block_diag(*[covariance] * (link.inputs // len(covariance)))
     forward = pull_back(link, torch.eye(link.outputs, dtype=torch.float64))
     pushed = push_covariance(link, covariance, link.module.get_parameter("weight"))
-    assert torch.allclose(pushed, forward @ dense @ forward.T)
+    assert torch.allclose(pushed.tril(), (forward @ dense @ forward.T).tril())
 
 
 @pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.1)], ids=str)

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import dpkt
 
@@ -65,10 +65,10 @@ def script(name: str, source: str, *arguments: object, host: str | None = None, 
     return Node(name=name, argv=argv, host=host, service=service)
 
 
-def small_lab(run: Path, *nodes: Node, **more: object) -> LabConfig:
+def small_lab(run: Path, *nodes: Node, **more: Any) -> LabConfig:
     """A lab that is quick to start and cannot hang."""
-    fields: dict[str, object] = {"ring_mib": 32, "deadline_s": 30.0, "grace_s": 1.0} | more
-    return LabConfig(nodes=nodes, run=run, **fields)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {"ring_mib": 32, "deadline_s": 30.0, "grace_s": 1.0} | more
+    return LabConfig(nodes=nodes, run=run, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

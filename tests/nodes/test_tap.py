@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dpkt
 import pytest
@@ -204,6 +205,6 @@ def test_without_the_right_to_listen_one_line_says_what_to_do(tmp_path: Path) ->
         ({"seconds": 0.0}, "seconds: wanted more than 0, got 0"),
     ],
 )
-def test_configuration_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:
+def test_configuration_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        TapConfig(**{"interfaces": ("lo",), "out": Path("wire.pcapng")} | fields)  # type: ignore[arg-type]
+        TapConfig(**{"interfaces": ("lo",), "out": Path("wire.pcapng")} | fields)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attack.algorithms import Status
+from attack.capture.streams import Flow
 from attack.decode.assembly import Assembly
 from attack.decode.defended import PublicSide
 from attack.decode.vector import Origin, Piece, Place
@@ -36,7 +37,7 @@ def defended(spec: str, seen: Observation) -> Observation:
     codec, params, payload = coded.part(0, coded.size)
     assembly = Assembly(coded.size)
     said = decode(codec, coded.size, params, payload)
-    origin = Origin(None, 0, 0, 0)  # type: ignore[arg-type]
+    origin = Origin(Flow(source="10.0.0.1:1", destination="10.0.0.2:2"), 0, 0, 0)
     assembly.place(Piece(Place(0, coded.size), said, (), spec, origin, codec=codec))
     found = PublicSide().limit(0, 0, assembly.gradient(), seen.shapes)
     return dataclasses.replace(

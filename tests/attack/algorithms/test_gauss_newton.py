@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -60,8 +61,8 @@ def batch(model: str, size: int, *, seed: int = 0, twice: bool = False) -> tuple
     return observe(load_model(model), inputs, labels), inputs, labels
 
 
-def told(model: str, **more: object) -> Knowledge:
-    return Knowledge(model=model, input_shape=SHAPE, **more)  # type: ignore[arg-type]
+def told(model: str, **more: Any) -> Knowledge:
+    return Knowledge(model=model, input_shape=SHAPE, **more)
 
 
 def errors(found: Reconstruction, inputs: Tensor, labels: Tensor) -> Tensor:

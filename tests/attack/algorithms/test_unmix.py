@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def batch(model: str, size: int, *, seed: int = 0, classes: int = 100) -> tuple[
     return load_model(model), torch.rand(size, 3, 32, 32), torch.randint(classes, (size,))
 
 
-def told(model: str, **more: object) -> Knowledge:
-    return Knowledge(model=model, input_shape=(3, 32, 32), **more)  # type: ignore[arg-type]
+def told(model: str, **more: Any) -> Knowledge:
+    return Knowledge(model=model, input_shape=(3, 32, 32), **more)
 
 
 def worst_error(found: Reconstruction, inputs: Tensor, labels: Tensor) -> float:

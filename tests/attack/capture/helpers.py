@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import dpkt
 
@@ -34,16 +35,16 @@ def segment(
     return Segment(source, destination, seq & MASK, (ack or 0) & MASK, flags, view, length or len(payload), time)
 
 
-def syn(seq: int, **rest: object) -> Segment:
-    return segment(seq, flags=SYN, **rest)  # type: ignore[arg-type]
+def syn(seq: int, **rest: Any) -> Segment:
+    return segment(seq, flags=SYN, **rest)
 
 
-def fin(seq: int, payload: bytes = b"", **rest: object) -> Segment:
-    return segment(seq, payload, flags=FIN, **rest)  # type: ignore[arg-type]
+def fin(seq: int, payload: bytes = b"", **rest: Any) -> Segment:
+    return segment(seq, payload, flags=FIN, **rest)
 
 
-def rst(seq: int, **rest: object) -> Segment:
-    return segment(seq, flags=RST, **rest)  # type: ignore[arg-type]
+def rst(seq: int, **rest: Any) -> Segment:
+    return segment(seq, flags=RST, **rest)
 
 
 def feed(segments: Iterable[Segment], reassembler: Reassembler | None = None) -> list[StreamEvent]:

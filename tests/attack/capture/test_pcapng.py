@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import dpkt
 import pytest
@@ -20,8 +21,8 @@ VIEWS = [(interface, time, memoryview(data), length) for interface, time, data, 
 INTERFACES = [("lo", 1), ("eth0", 101)]
 
 
-def write(file: io.IOBase, **options: object) -> int:
-    writer = PcapngWriter(file, interfaces=INTERFACES, **options)  # type: ignore[arg-type]
+def write(file: io.IOBase, **options: Any) -> int:
+    writer = PcapngWriter(file, interfaces=INTERFACES, **options)
     return writer.write(VIEWS)
 
 

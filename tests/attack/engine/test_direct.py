@@ -8,7 +8,7 @@ from torch import Tensor
 from attack.engine import direct
 from attack.engine.direct import Direct, gram
 from attack.engine.linearized import Jacobian
-from attack.engine.prior import Pictures
+from attack.engine.prior import Pictures, Quadratic
 from tests.attack.toys import unhurried
 
 SHAPE = (2, 1, 3, 4)
@@ -48,8 +48,8 @@ def test_step_solves_the_system_here_and_near_by() -> None:
         prior = Pictures(input_range=(0.0, 1.0)).at(x)
         at = Jacobian(lambda x: torch.cat([flat(part, x) for part in parts]), x)
 
-        def multiply(v: Tensor, at: Jacobian = at, prior: object = prior) -> Tensor:
-            return at.back(at.forward(v)) / 2.0 + prior.multiply(v)  # type: ignore[attr-defined]
+        def multiply(v: Tensor, at: Jacobian = at, prior: Quadratic = prior) -> Tensor:
+            return at.back(at.forward(v)) / 2.0 + prior.multiply(v)
 
         right = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         step, solved = solver.solve(multiply, right, x, prior, 2.0, unhurried(), goal=1e-9)

@@ -62,8 +62,9 @@ def test_last_layer_gives_features_and_error() -> None:
     target = target_of(model, "pooled")
     torch.manual_seed(1)
     inputs = torch.rand(1, 2, 8, 8).double()
-    features = target.model[:-1](inputs).detach().requires_grad_()  # type: ignore[index]
-    loss = nn.functional.cross_entropy(target.model[-1](features), torch.tensor([2]))  # type: ignore[index]
+    assert isinstance(target.model, nn.Sequential)
+    features = target.model[:-1](inputs).detach().requires_grad_()
+    loss = nn.functional.cross_entropy(target.model[-1](features), torch.tensor([2]))
     (error,) = torch.autograd.grad(loss, features)
     net = read(target)
     assert net.active.flatten().equal(features[0] > 0)

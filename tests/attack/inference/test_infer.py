@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -110,8 +111,8 @@ def noisy(parameters: list[nn.Parameter]) -> Step:
         "sgd:lr=0.1,momentum=0.9+exponential:gamma=0.7",
     ],
 )
-def test_a_rule_that_was_not_tried_is_unknown(rule: object) -> None:
-    found = infer_optimizer(train(rule)[0])  # type: ignore[arg-type]
+def test_a_rule_that_was_not_tried_is_unknown(rule: str | Callable[[list[nn.Parameter]], Step]) -> None:
+    found = infer_optimizer(train(rule)[0])
     assert found.verdict is Verdict.UNKNOWN and found.optimizer is None, found
     assert "none of" in found.reason
 

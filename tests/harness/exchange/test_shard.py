@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,8 +105,8 @@ def test_shards_cover_the_vector_once(total, servers):
 GRADIENT = chunk(Kind.GRADIENT, 1, np.zeros(SMALL_CHUNK), total=TOTAL)
 
 
-def with_header(message: Message, **changes: object) -> Message:
-    return Message(dataclasses.replace(message.header, **changes), message.payload)  # type: ignore[arg-type]
+def with_header(message: Message, **changes: Any) -> Message:
+    return Message(dataclasses.replace(message.header, **changes), message.payload)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ OUT/step{S}.rank{R}.npz has the gradient that the rank computed without DDP, and
 """
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 STEPS, LEARNING_RATE = 3, 0.1
 
 
-def flat(tensors: object) -> np.ndarray:
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy().copy()  # type: ignore[attr-defined]
+def flat(tensors: Iterable[torch.Tensor]) -> np.ndarray:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy().copy()
 
 
 def main(out: str, *options: str) -> None:

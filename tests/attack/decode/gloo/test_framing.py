@@ -76,7 +76,8 @@ def test_framing_is_resumed_at_messages_only(seed: int) -> None:
     for event in events:
         if isinstance(event, Message):
             place = STREAM[event.offset - 48 : event.offset + len(event.payload)]
-            assert parse_head(place) is not None and len(event.payload) == parse_head(place).payload  # type: ignore[union-attr]
+            head = parse_head(place)
+            assert head is not None and len(event.payload) == head.payload
             known = bytearray(place[48:])
             for first, last in event.holes:
                 known[first:last] = bytes(last - first)

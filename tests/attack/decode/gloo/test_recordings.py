@@ -85,10 +85,9 @@ def test_what_is_known_is_right_whatever_was_missed(case: Case, share: float) ->
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_one_missed_packet_anywhere_spoils_no_more_than_it_held(case: Case) -> None:
     events, truth = vector(case)
-    data = [index for index, event in enumerate(events) if isinstance(event, Data)]
-    for index in random.Random(0).sample(data, 12):
-        event = events[index]
-        hole = Gap(flow=event.flow, time=event.time, offset=event.offset, length=len(event.payload))  # type: ignore[union-attr]
+    data = [(index, event) for index, event in enumerate(events) if isinstance(event, Data)]
+    for index, event in random.Random(0).sample(data, 12):
+        hole = Gap(flow=event.flow, time=event.time, offset=event.offset, length=len(event.payload))
         check(truth, observe([*events[:index], hole, *events[index + 1 :]])[0])
 
 

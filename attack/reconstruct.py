@@ -53,15 +53,26 @@ def reconstruct(
     device: str = "auto",
     deadline_s: float = DEADLINE_S,
     progress: Callable[[Progress], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Reconstruction:
     """Attacks one observation. The random draws depend on the seed, the rank and the step, and on nothing else.
+
+    Args:
+        deadline_s: on `clock`.
 
     Returns: a reconstruction with inputs and labels where it converged, else one with the reason why not.
 
     Raises: AttackError: the method, the device or the knowledge cannot be.
     """
     _, found = attempt(
-        observation, knowledge, method=method, seed=seed, device=device, deadline_s=deadline_s, progress=progress
+        observation,
+        knowledge,
+        method=method,
+        seed=seed,
+        device=device,
+        deadline_s=deadline_s,
+        progress=progress,
+        clock=clock,
     )
     return found
 
@@ -75,6 +86,7 @@ def attempt(
     device: str = "auto",
     deadline_s: float = DEADLINE_S,
     progress: Callable[[Progress], None] = lambda _: None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Answer, Reconstruction]:
     """What a method proposes, whatever it is worth, and the reconstruction that it earns: `reconstruct`, for
     measurements that look at a search that did not converge as well."""
@@ -82,7 +94,7 @@ def attempt(
         raise AttackError(f"method {method!r} is not known; there are: {', '.join(METHODS)}")
     here = pick_device(device)
     start, cpu_start = time.monotonic(), time.process_time()
-    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=progress)
+    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=progress, clock=clock)
     fields: dict[str, Any] = {"method": method}
     try:
         target = prepare(observation, knowledge, device=here)
@@ -114,12 +126,13 @@ def best_match(
     seed: int = 0,
     device: str = "auto",
     deadline_s: float = DEADLINE_S,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
     """What a method proposes, whatever it is worth: published attacks show their last picture, and do not judge it.
 
     For measurements that score such an attack; `reconstruct` is for whoever wants to know whether to believe it.
     """
-    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=lambda _: None)
+    context = _context(observation, seed=seed, deadline_s=deadline_s, progress=lambda _: None, clock=clock)
     try:
         return METHODS[method](prepare(observation, knowledge, device=pick_device(device)), context)
     except Refused as refused:
@@ -127,11 +140,16 @@ def best_match(
 
 
 def _context(
-    observation: Observation, *, seed: int, deadline_s: float, progress: Callable[[Progress], None]
+    observation: Observation,
+    *,
+    seed: int,
+    deadline_s: float,
+    progress: Callable[[Progress], None],
+    clock: Callable[[], float],
 ) -> Context:
     entropy = np.random.SeedSequence([seed, observation.rank % (1 << 32), observation.step]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(entropy))
-    return Context(generator=generator, deadline=time.monotonic() + deadline_s, progress=progress)
+    return Context(generator=generator, deadline=clock() + deadline_s, progress=progress, clock=clock)
 
 
 def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import resource
 import shutil
 import statistics
 from pathlib import Path
@@ -135,12 +136,19 @@ def work(sweep: Sweep, cell: Cell) -> dict[str, Any]:
 
     Raises: GradtapError, TapError, OSError: not the job, but the measurement failed.
     """
-    run = sweep.out / "runs" / cell.name
-    done = _train(sweep, cell, run) if cell.stage == TRAINING else _attack(sweep, cell, run)
-    told = {"question": sweep.question(), **dataclasses.asdict(cell), **done}
+    run, began = sweep.out / "runs" / cell.name, _cpu_seconds()
+    done: dict[str, Any] = _train(sweep, cell, run) if cell.stage == TRAINING else _attack(sweep, cell, run)
+    spent = {"cpu_seconds": _cpu_seconds() - began + done.get("cpu_seconds", 0.0)}
+    told = {"question": sweep.question(), **dataclasses.asdict(cell), **done, **spent}
     write_atomically(_path(sweep, cell), json.dumps(told, allow_nan=False), durable=True)
     shutil.rmtree(run, ignore_errors=True)
     return told
+
+
+def _cpu_seconds() -> float:
+    """Of the processes that this one has waited for, which are those of jobs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _path(sweep: Sweep, cell: Cell) -> Path:

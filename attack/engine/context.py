@@ -30,13 +30,15 @@ class Context:
     generator: torch.Generator
     """Every random draw comes from here (a CPU generator): equal seeds give equal answers on one device."""
     deadline: float
-    """On `time.monotonic()`."""
+    """On `clock`."""
     progress: Callable[[Progress], None] = lambda _: None
+    clock: Callable[[], float] = time.monotonic
+    """In seconds; `time.process_time` for what is to come to the same on a machine that is busy with other work."""
 
     @property
     def seconds_left(self) -> float:
         """Time until the deadline, never negative."""
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.0, self.deadline - self.clock())
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float64, on the CPU."""

@@ -23,21 +23,40 @@ class PublicDefense:
     """Whether the smallest elements of each tensor were left out, and forgotten."""
     keeps: bool = False
     """Whether what was not sent is added to later steps."""
+    signs: bool = False
+    """Whether of each element its sign alone was sent."""
+    momentum: float = 0.0
+    """Of what is kept: what was added to it last is added once more, times this."""
+    rank: int = 0
+    """Matrices were sent as products of this rank, and what these are off is added to later steps; 0: they were not."""
 
     @classmethod
     def read(cls, chain: str) -> PublicDefense:
         """Never fails: what cannot be read says nothing."""
-        variance, norm, prunes, keeps = 0.0, None, False, False
+        variance, found = 0.0, cls()
         for link in re.split(r"\+(?!\d)", chain):
             name, _, options = link.partition(":")
             value = _number(options.partition(",")[0])
             if name in ("noise-gaussian", "noise-laplace") and value is not None:
                 variance += value**2
             elif name == "clip" and value is not None:
-                norm = value
-            prunes = prunes or name == "prune"
-            keeps = keeps or name in ("topk", "topk-dgc", "sign")
-        return cls(noise=math.sqrt(variance), norm=norm, prunes=prunes, keeps=keeps)
+                found = dataclasses.replace(found, norm=value)
+            elif name == "prune":
+                found = dataclasses.replace(found, prunes=True)
+            elif name in ("topk", "topk-dgc"):
+                momentum = _option(options, "momentum", 0.9 if name == "topk-dgc" else 0.0)
+                found = dataclasses.replace(found, keeps=True, momentum=momentum)
+            elif name == "sign":
+                found = dataclasses.replace(found, keeps=True, signs=True)
+            elif name == "powersgd" and value is not None and value >= 1:
+                found = dataclasses.replace(found, rank=int(value))
+        return dataclasses.replace(found, noise=math.sqrt(variance))
+
+
+def _option(options: str, name: str, default: float) -> float:
+    given = re.search(rf"(?:^|,){name}=([^,]*)", options)
+    value = _number(given[1]) if given else None
+    return default if value is None else value
 
 
 def _number(text: str) -> float | None:

@@ -54,6 +54,17 @@ class Factor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Basis:
+    """The basis in which a parameter's gradient is given: a matrix of as many rows as its first dimension has, from the
+    left times `rows`."""
+
+    parameter: int
+    """Which, in `model.parameters()` order."""
+    rows: Tensor
+    """float64, orthonormal, shape (rows, rows)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
     """What the wire said of one rank at one step."""
 
@@ -86,6 +97,8 @@ class Observation:
     """Of EVERYONE: the ranks whose mean it is, as secure aggregation shows it: the gradient of their joined batch."""
     factors: tuple[Factor, ...] = ()
     """What was sent in place of gradients; where these are not known but for that."""
+    bases: tuple[Basis, ...] = ()
+    """Of parameters whose gradient is not known by its elements, but along some directions (`attack.feedback`)."""
     defense: str | None = None
     """The public side of the sender's defense, as the wire says it; None for a plain gradient."""
     again: tuple[Observation, ...] = ()

@@ -43,6 +43,9 @@ def auto(target: Target, context: Context) -> Answer:
     if target.tokens is not None:
         why = "text: tokens whose inputs are in the span of the first layer's gradient"
         return dataclasses.replace(dager(target, context), method="dager", route=f"dager ({why})")
+    if target.bases:
+        why = "matrices known along some directions alone: solve for the pixels by these"
+        return dataclasses.replace(coarse(target, context), method="coarse", route=f"coarse ({why})")
     plan: list[tuple[str, Method, str]] = []
     examples, source = _batch_size(target)
     if examples == 1 and _coarse(target):

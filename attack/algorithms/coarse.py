@@ -150,4 +150,11 @@ def _equations(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor
     except NoChain:
         return rows, None
     scales = torch.cat([deviation.flatten().reciprocal(), weights])
-    return rows, Anchored(lambda x: tangents.gram(x, scales))
+
+    def turned(jacobian: Tensor) -> Tensor:
+        if not target.bases:
+            return jacobian
+        outputs, gradients = jacobian.split([deviation.numel(), rest], dim=1)
+        return torch.cat([outputs, target.turned(gradients, parameters=len(target.shapes) - 2)], dim=1)
+
+    return rows, Anchored(lambda x: tangents.gram(x, scales, turned=turned))

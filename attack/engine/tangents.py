@@ -80,14 +80,17 @@ class Tangents:
         directions = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
         return torch.cat([self._follow(x.flatten(), part, *error) for part in directions.split(CHUNK)])
 
-    def gram(self, x: Tensor, scales: Tensor) -> Tensor:
+    def gram(
+        self, x: Tensor, scales: Tensor, *, turned: Callable[[Tensor], Tensor] = lambda jacobian: jacobian
+    ) -> Tensor:
         """J'J of the equations, each times its scale; shape (elements, elements).
 
         Args:
             x: as `transposed`.
             scales: shape (equations,); 0 leaves one out.
+            turned: J' of those equations, from `transposed`.
         """
-        jacobian = self.transposed(x)
+        jacobian = turned(self.transposed(x))
         jacobian *= scales
         jacobian = jacobian[:, scales > 0]
         found = torch.empty(len(jacobian), len(jacobian), dtype=x.dtype, device=x.device)

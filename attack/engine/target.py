@@ -19,7 +19,8 @@ from torch.func import functional_call
 from attack.defense import PublicDefense
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.errors import AttackError
-from attack.observation import BATCH_NORM_MODES, Knowledge, Observation
+from attack.feedback import settle
+from attack.observation import BATCH_NORM_MODES, Basis, Knowledge, Observation
 from harness.models import LOSSES, Tokens, load_model
 
 FLOAT32_ERROR = 2.5e-7
@@ -69,6 +70,8 @@ class Target:
     step: int = 0
     again: tuple[Target, ...] = ()
     """The same batch's gradients at other steps, by other weights, where that was declared."""
+    bases: tuple[Basis, ...] = ()
+    """In which some parameters' gradients are given: `gradient`, and what is said of its elements, is of these."""
     statistics: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     """Mean and unbiased variance of what this very batch gave each batch norm in training mode, float64, shape
     (channels,), by the module's name; empty where they were not seen."""
@@ -137,7 +140,7 @@ class Target:
         loss = self.loss(functional_call(self.model, single, (inputs,)), labels)
         parameters = [single[name] for name, _ in self.model.named_parameters()]
         parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([part.flatten() for part in parts]).double()
+        gradient = self.turned(torch.cat([part.flatten() for part in parts]).double())
         if generator is not None and self.bound.any():
             uniform = 2 * torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype) - 1
             gradient = gradient + self.bound * uniform.to(self.device)
@@ -161,7 +164,24 @@ class Target:
         gradients = torch.autograd.grad(
             loss, parameters, create_graph=differentiable, allow_unused=True, materialize_grads=True
         )
-        return (torch.cat([gradient.flatten() for gradient in gradients]) - self.gradient) * self.known
+        return (self.turned(torch.cat([gradient.flatten() for gradient in gradients])) - self.gradient) * self.known
+
+    def turned(self, flat: Tensor, *, parameters: int | None = None) -> Tensor:
+        """Gradients in the bases in which the observed one is given.
+
+        Args:
+            flat: shape (..., elements), of the parameters, or of so many of the first.
+        """
+        if not self.bases:
+            return flat
+        rows = {basis.parameter: basis.rows for basis in self.bases}
+        shapes = self.shapes[:parameters]
+        parts = list(flat.split([math.prod(shape) for shape in shapes], dim=-1))
+        for place, shape in enumerate(shapes):
+            if place in rows:
+                matrix = parts[place].unflatten(-1, (shape[0], -1))
+                parts[place] = (rows[place].to(matrix) @ matrix).flatten(-2)
+        return torch.cat(parts, dim=-1)
 
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
         """||gradient of the batch - observed|| / ||observed||, over the known elements."""
@@ -185,9 +205,14 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     """
     if observation.weights is None:
         raise Refused("the weights at this step were not seen", observed=False)
+    with torch.random.fork_rng(devices=[]):  # a fresh model draws weights; the caller's generator stays as it was
+        model = load_model(knowledge.model)
+    observation = _in_parts(observation, model, knowledge)
+    observation = settle(observation, examples=knowledge.batch_size or 1)
     known = observation.limited
     if not known.any():
         raise Refused("no element of the gradient was seen", observed=False)
+    assert observation.weights is not None
     seen = observation.gradient[known]
     if not (seen.isfinite().all() and observation.weights.isfinite().all()):
         raise Refused("the gradient or the weights hold NaN or infinite values", observed=True)
@@ -196,9 +221,6 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     if knowledge.loss not in LOSSES:
         raise AttackError(f"loss {knowledge.loss!r} is not known; there are: {', '.join(LOSSES)}")
 
-    with torch.random.fork_rng(devices=[]):  # a fresh model draws weights; the caller's generator stays as it was
-        model = load_model(knowledge.model)
-    observation = _in_parts(observation, model, knowledge)
     model, batch_norm, statistics = _model(model, observation, knowledge)
     if observation.ranks and knowledge.batch_size is not None:  # of several ranks the batches are one
         knowledge = dataclasses.replace(knowledge, batch_size=len(observation.ranks) * knowledge.batch_size)
@@ -227,6 +249,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         batch_norm=batch_norm,
         step=observation.step,
         again=_again(observation, knowledge, device),
+        bases=observation.bases,
         statistics={name: (mean.to(device), variance.to(device)) for name, (mean, variance) in statistics.items()},
     )
     if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:

@@ -23,6 +23,7 @@ from harness.defenses import load_defense
 from harness.exchange.base import as_coded
 from harness.models import load_model
 from harness.wire.codec import decode
+from harness.wire.coded import Coded
 from tests.attack import toys
 
 LENET = "lenet:input=1x16x16,classes=10"
@@ -33,15 +34,20 @@ def defended(spec: str, seen: Observation) -> Observation:
     """The observation of what a rank would have sent in place of this gradient, as the decoder puts it together."""
     sizes = tuple(torch.Size(shape).numel() for shape in seen.shapes)
     chain = load_defense(spec)
-    coded = as_coded(chain(seen.gradient, sizes, chain.begin(sizes), seed=3, rank=0, step=0)[0])
+    return observed_code(spec, seen, chain(seen.gradient, sizes, chain.begin(sizes), seed=3, rank=0, step=0)[0], 0)
+
+
+def observed_code(spec: str, seen: Observation, vector: Tensor | Coded, step: int) -> Observation:
+    coded = as_coded(vector)
     codec, params, payload = coded.part(0, coded.size)
     assembly = Assembly(coded.size)
     said = decode(codec, coded.size, params, payload)
     origin = Origin(Flow(source="10.0.0.1:1", destination="10.0.0.2:2"), 0, 0, 0)
     assembly.place(Piece(Place(0, coded.size), said, (), spec, origin, codec=codec))
-    found = PublicSide().limit(0, 0, assembly.gradient(), seen.shapes)
+    found = PublicSide().limit(0, step, assembly.gradient(), seen.shapes)
     return dataclasses.replace(
         seen,
+        step=step,
         gradient=torch.from_numpy(found.values.copy()),
         known=torch.from_numpy(found.known),
         bound=None if found.bound is None else torch.from_numpy(found.bound),
@@ -149,3 +155,29 @@ def test_two_examples_are_not_one():
     last = [module for module in target.model.modules()][-1]
     with pytest.raises(NoFeatures, match="no one example explains"):
         read_coarsely(target, last, mean=0.5, variance=1 / 12)
+
+
+def in_steps(spec: str, seen: Observation, steps: int) -> Observation:
+    """What a rank sends of one batch at several steps, under a defense that remembers."""
+    sizes = tuple(torch.Size(shape).numel() for shape in seen.shapes)
+    chain = load_defense(spec).fit(load_model(LENET))
+    state, found = chain.begin(sizes), []
+    for step in range(steps):
+        coded, state = chain(seen.gradient.clone(), sizes, state, seed=3, rank=0, step=step)
+        found.append(observed_code(spec, seen, coded, step))
+    return dataclasses.replace(found[0], again=tuple(found[1:]))
+
+
+@pytest.mark.parametrize(("spec", "steps"), [("powersgd:2", 1), ("sign", 16)])
+def test_error_feedback_is_read(spec, steps):
+    seen, inputs, labels = observed(5)
+    found = reconstruct(in_steps(spec, seen, steps), KNOWLEDGE, deadline_s=120)
+    assert found.method == "coarse" and found.status in (Status.FILLED, Status.CONVERGED), found.reason
+    assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None
+    assert found.predicted_mse is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
+
+
+def test_signs_of_one_step_are_no_gradient():
+    seen, _, _ = observed(5)
+    found = reconstruct(in_steps("sign", seen, 1), KNOWLEDGE, deadline_s=60)
+    assert found.status is Status.NOT_OBSERVED and found.inputs is None

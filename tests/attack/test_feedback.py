@@ -1,0 +1,121 @@
+"""What the steps of one batch say of its gradient, where what was not sent is kept for later."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from attack.feedback import settle
+from attack.observation import Known, Observation
+from harness.defenses import load_defense
+from harness.exchange.base import as_coded
+from tests.attack import toys
+
+PARTS = 6
+"""Parameter tensors of the toy."""
+
+
+def sent(spec: str, steps: int, *, seed: int = 0) -> tuple[Observation, Tensor]:
+    """One gradient at so many steps, as a receiver makes it of each, and the gradient itself."""
+    model, inputs, labels = toys.example("convolution", seed=seed)
+    plain = toys.observe(model, inputs, labels)
+    sizes = tuple(math.prod(shape) for shape in plain.shapes)
+    chain = load_defense(spec).fit(model)
+    state, seen = chain.begin(sizes), []
+    for step in range(steps):
+        coded, state = chain(plain.gradient.clone(), sizes, state, seed=seed, rank=0, step=step)
+        values = torch.from_numpy(as_coded(coded).values().copy())
+        matrices = torch.cat([torch.full((math.prod(shape),), len(shape) > 1) for shape in plain.shapes])
+        bound = torch.where(matrices, math.inf, 0.0) if "powersgd" in spec else torch.full_like(values, math.inf)
+        known = torch.where(bound > 0, int(Known.CODED), int(Known.RAW)).to(torch.uint8)
+        seen.append(dataclasses.replace(plain, step=step, gradient=values, known=known, bound=bound, defense=spec))
+    return dataclasses.replace(seen[0], again=tuple(seen[1:])), plain.gradient.double()
+
+
+def turned(flat: Tensor, found: Observation) -> Tensor:
+    """In the bases in which an observation is given."""
+    parts = list(flat.split([math.prod(shape) for shape in found.shapes]))
+    for basis in found.bases:
+        parts[basis.parameter] = (basis.rows @ parts[basis.parameter].view(len(basis.rows), -1)).flatten()
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("spec", ["topk:0.9", "topk:0.5", "topk-dgc:0.8,momentum=0.7", "powersgd:1", "powersgd:2"])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_gradient_is_within_its_bounds(spec, steps, seed):
+    seen, gradient = sent(spec, steps, seed=seed)
+    found = settle(seen)
+    # A RAW element of the first step is what was sent, to the bit.
+    assert found.bound is not None and ((turned(gradient, found) - found.gradient).abs() <= found.bound).all()
+    assert found.again == () and found.known_fraction > 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_signs_close_in(seed):
+    widths = []
+    for steps in (4, 8, 32):
+        seen, gradient = sent("sign", steps, seed=seed)
+        found = settle(seen)
+        assert found.bound is not None
+        off = (gradient - found.gradient).abs()
+        # Those whose sign never changed count with a law's width, which a few may lie beyond.
+        assert float((off > found.bound).double().mean()) < 0.05
+        widths.append(float(found.bound.median()))
+    assert widths[0] > widths[1] > widths[2] and widths[0] > 4 * widths[2]
+
+
+def test_products_say_more_of_a_matrix_at_every_step():
+    shares = [settle(sent("powersgd:1", steps)[0]).known_fraction for steps in (1, 8, 40)]
+    assert shares[0] < shares[1] < shares[2]
+
+
+def test_a_product_of_less_than_its_rank_is_the_matrix():
+    """Of one example a linear layer's gradient has rank one."""
+    seen, gradient = sent("powersgd:2", 1)
+    found = settle(seen)
+    last = slice(-85, None)  # 5 x 16 weights and 5 biases
+    assert not any(basis.parameter == PARTS - 2 for basis in found.bases)
+    torch.testing.assert_close(found.gradient[last], gradient[last], rtol=1e-5, atol=1e-6)
+    alone, _ = sent("powersgd:1", 1)
+    assert any(basis.parameter == PARTS - 2 for basis in settle(alone).bases)
+    assert not any(basis.parameter == PARTS - 2 for basis in settle(alone, examples=1).bases)
+
+
+def altered(seen: Observation, at: int, **changes: object) -> Observation:
+    again = tuple(dataclasses.replace(other, **changes) if other.step == at else other for other in seen.again)
+    return dataclasses.replace(seen, again=again)
+
+
+def test_what_breaks_the_chain_ends_it():
+    seen, _ = sent("sign", 6)
+    assert seen.weights is not None
+    for broken in (
+        altered(seen, 3, step=9),
+        altered(seen, 3, weights=seen.weights * 1.01),
+        altered(seen, 3, known=torch.zeros_like(seen.known)),
+        altered(seen, 3, defense="int8"),
+    ):
+        found = settle(broken)
+        assert found.gradient.equal(settle(dataclasses.replace(seen, again=seen.again[:2])).gradient)
+        assert len(found.again) == 3
+
+
+@pytest.mark.parametrize("spec", ["sign", "topk:0.9", "powersgd:2"])
+def test_of_a_memory_that_is_not_known_nothing_is_concluded(spec):
+    seen, _ = sent(spec, 4)
+    late = dataclasses.replace(seen.again[0], again=seen.again[1:])
+    assert settle(late) is late
+    noisy = dataclasses.replace(seen, defense=f"noise-gaussian:1e-3+{spec}")
+    assert settle(noisy) is noisy
+    assert settle(seen.taken_literally()).bases == ()
+
+
+def test_a_plain_gradient_stays_what_it_is():
+    seen, _ = sent("topk:0.9", 2)
+    plain = dataclasses.replace(seen, defense=None)
+    assert settle(plain) is plain

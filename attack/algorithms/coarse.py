@@ -25,20 +25,23 @@ from torch import Tensor, nn
 
 from attack.algorithms.base import Answer
 from attack.algorithms.gauss_newton import LAGGING, OPEN, prior_of
-from attack.engine.chain import NoChain, trace
+from attack.engine.chain import Link, NoChain, trace
 from attack.engine.context import Context, Progress
 from attack.engine.direct import Anchored, Direct
 from attack.engine.features import NoFeatures
 from attack.engine.film import Film
 from attack.engine.gauss_newton import Settings, minimize, spread
-from attack.engine.last_layer import read_coarsely, read_label
-from attack.engine.layers import RESHAPES, activation
+from attack.engine.last_layer import CoarseFeatures, at_features, read_coarsely, read_label
+from attack.engine.layers import RESHAPES, activation, check
+from attack.engine.lowest import Lowest
 from attack.engine.tangents import Tangents, check_order
 from attack.engine.target import Target
-from attack.engine.walk import prior_below
+from attack.engine.walk import FullWalk, OutOfTime, prior_below
 
 SETTINGS = Settings(steps=20, iterations=150, patient=True)
 """Rounded gradients take 4 to 6 steps; pruned ones, some of whose equations are exact, 9 or more."""
+NEARLY_LINEAR = Settings(steps=12, goal=1e-2, below=0.1, patient=True)
+"""With the error at the second layer as a number: five or six steps."""
 WRITTEN_OUT = Settings(steps=20, goal=1e-2)
 """Where the linear systems are written out, as some equations are a million times more exact than others: conjugate
 gradients alone then stop so short that of a gradient pruned by 80 % the picture came out three times further off."""
@@ -48,9 +51,17 @@ hang together."""
 THINLY, MOSTLY = 0.85, 0.95
 """Share of the directions that are open: from the first on, errors count three times, as what the prior makes of next
 to nothing is smooth, and looks surer than it is; beyond the second the picture would be the prior's alone."""
+DETERMINED = 3e-3
+"""Deviation of a layer's inputs, relative to what is expected of them beforehand, up to which the error below it is
+known well enough to be taken for a number. Of int8 it is 1e-2, and the picture comes out worse so."""
+FLOOR = 1e-3
+"""Least relative deviation of an equation then. With 1e-4 and less a gradient pruned by 80 or 90 % took twice the
+steps, and its pictures came out with up to twice the error: what is that stiff is followed around each bend."""
+FITS = 3.0
+"""Standard deviations, root mean square, up to which it was."""
 MAX_INPUTS = 4096
 """Elements of a picture up to which its linear systems are written out."""
-SETTLED = 1e-6
+SETTLED = 1e-5
 """Mean square of a step, in units of the squared range, below which Gauss-Newton has arrived."""
 
 
@@ -60,19 +71,13 @@ def coarse(target: Target, context: Context) -> Answer:
         return Answer(inputs=None, labels=None, reason="a gradient known coarsely is inverted for one example alone")
     try:
         label = read_label([target, *target.again])
-        first, direct = _equations(target, label)
+        rows, direct, settings = _system(target, label, context)
     except (NoChain, NoFeatures) as error:
         return Answer(inputs=None, labels=None, reason=str(error))
-    parts = [first]
-    for other in target.again:
-        with contextlib.suppress(NoChain, NoFeatures):
-            parts.append(_equations(other, label)[0])
-            direct = None  # that of one step alone is no preconditioner for many
+    except OutOfTime:
+        return Answer(inputs=None, labels=None, reason="the deadline passed")
 
-    def rows(x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in parts])
-
-    settings, film = SETTINGS if direct is None else WRITTEN_OUT, Film()
+    film = Film()
     low, high = target.input_range
     last_two = [torch.full((1, *target.input_shape), (low + high) / 2, dtype=torch.float64, device=target.device)] * 2
 
@@ -92,6 +97,9 @@ def coarse(target: Target, context: Context) -> Answer:
     watch(last_two[1])
     prior = prior_of(target)
     solution = minimize(rows, last_two[1], prior, context, settings, direct=direct, done=settled, watch=watch)
+    if settings is NEARLY_LINEAR and solution.misfit > FITS**2 and context.seconds_left:
+        rows, direct, settings = _whole(target, label)  # something above was taken for surer than it is
+        solution = minimize(rows, solution.inputs, prior, context, settings, direct=direct, done=settled, watch=watch)
     left = spread(rows, solution, prior, context, iterations=2 * settings.iterations, direct=direct)
     size = solution.inputs.numel()
     said = f"what was sent leaves about {left.open_directions:,.0f} of {size:,} directions open; a prior on pictures"
@@ -110,18 +118,82 @@ def coarse(target: Target, context: Context) -> Answer:
     )
 
 
+def _system(
+    target: Target, label: Tensor, context: Context
+) -> tuple[Callable[[Tensor], Tensor], Direct | None, Settings]:
+    """The equations of all steps, what solves their linear systems, and how Gauss-Newton is to go about them.
+
+    Raises: NoChain, NoFeatures, OutOfTime.
+    """
+    try:
+        parts = [_lowest(target, label, context)]
+    except NoChain:
+        return _whole(target, label)
+    for other in target.again:
+        with contextlib.suppress(NoChain, NoFeatures):
+            parts.append(_lowest(other, label, context))
+
+    def rows(x: Tensor) -> Tensor:
+        return torch.cat([part.rows(x) for part in parts])
+
+    def gram(x: Tensor) -> Tensor:
+        found = parts[0].gram(x)
+        for part in parts[1:]:
+            found += part.gram(x)
+        return found
+
+    return rows, Anchored(gram), NEARLY_LINEAR
+
+
+def _lowest(target: Target, label: Tensor, context: Context) -> Lowest:
+    """The equations of the two lowest layers, where those above determine what is between.
+
+    Raises: NoChain, NoFeatures, OutOfTime.
+    """
+    links, last, features = _features(target, label)
+    check(links)
+    if math.prod(target.input_shape) > MAX_INPUTS:
+        raise NoChain("the input is too large for its linear systems to be written out")
+    weighty = [place for place, link in enumerate(links) if isinstance(link.module, (nn.Linear, nn.Conv2d))]
+    if len(weighty) < 3:
+        raise NoChain("there is no layer between the last and the two lowest")
+    third = weighty[2]
+    belief = FullWalk(links[:-1]).down(at_features(features, last, context), target, context, to=third)
+    if belief.variance > DETERMINED**2 * prior_below(links[:third], target)[1]:
+        raise NoChain(f"the inputs of layer {links[third].name} are not known well enough")
+    second = weighty[1] + 1
+    return Lowest(target, links[:second], FullWalk(links[:third]).down(belief, target, context, to=second), floor=FLOOR)
+
+
+def _whole(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor], Direct | None, Settings]:
+    """The equations of all layers at once. Raises: NoChain, NoFeatures."""
+    first, direct = _equations(target, label)
+    parts = [first]
+    for other in target.again:
+        with contextlib.suppress(NoChain, NoFeatures):
+            parts.append(_equations(other, label)[0])
+            direct = None  # that of one step alone is no preconditioner for many
+    settings = SETTINGS if direct is None else WRITTEN_OUT
+    return lambda x: torch.cat([part(x) for part in parts]), direct, settings
+
+
+def _features(target: Target, label: Tensor) -> tuple[list[Link], nn.Linear, CoarseFeatures]:
+    """Raises: NoChain, NoFeatures."""
+    links = trace(target.model, target.input_shape)
+    last = links[-1].module
+    if not isinstance(last, nn.Linear) or last.bias is None:
+        raise NoFeatures("the last layer is not linear with a bias")
+    mean, variance = prior_below(links[:-1], target)
+    return links, last, read_coarsely(target, last, mean=mean, variance=variance, label=label)
+
+
 def _equations(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor], Direct | None]:
     """What the features and all layers below the last say of an input; and what solves its linear systems exactly,
     where that can be had.
 
     Raises: NoChain, NoFeatures.
     """
-    links = trace(target.model, target.input_shape)
-    last = links[-1].module
-    if not isinstance(last, nn.Linear) or last.bias is None:
-        raise NoFeatures("the last layer is not linear with a bias")
-    mean, variance = prior_below(links[:-1], target)
-    features = read_coarsely(target, last, mean=mean, variance=variance, label=label)
+    links, _, features = _features(target, label)
     below, value, deviation = list(links[:-1]), features.values, features.deviation
     while below:
         function = activation(below[-1].module)

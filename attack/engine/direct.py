@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from attack.engine.context import Context
 from attack.engine.linearized import Operator, conjugate_gradients
@@ -76,20 +75,20 @@ class Direct:
         if self._factor is not None:
             step, solved = attempt()
         if not solved and self._gram is not None and context.seconds_left:
-            self._refactor(place, quadratic, inflation)
+            self._refactor(quadratic, inflation)
             step, solved = attempt()
         if not solved and context.seconds_left:
             self._gram = None  # one of these is enough in memory
             self._gram = self._assemble(place)
-            self._refactor(place, quadratic, inflation)
+            self._refactor(quadratic, inflation)
             step, solved = attempt()
         return step, solved
 
-    def _refactor(self, place: Tensor, quadratic: Quadratic, inflation: float) -> None:
+    def _refactor(self, quadratic: Quadratic, inflation: float) -> None:
         assert self._gram is not None
         self._factor = None
         system = self._gram / inflation
-        add_precision(system, place, quadratic)
+        quadratic.add_to(system)
         factor, failed = torch.linalg.cholesky_ex(system)
         damping = LEAST_DAMPING
         while failed:  # float64 cannot tell the smallest eigenvalues from zero; what is added, the iterations take off
@@ -100,7 +99,9 @@ class Direct:
 
     def _precondition(self, r: Tensor) -> Tensor:
         assert self._factor is not None
-        return torch.cholesky_solve(r.reshape(-1, 1), self._factor).view_as(r)
+        # For one right side six times as fast as `cholesky_solve`.
+        half = torch.linalg.solve_triangular(self._factor, r.reshape(-1, 1), upper=False)
+        return torch.linalg.solve_triangular(self._factor.T, half, upper=True).view_as(r)
 
 
 class Anchored(Direct):
@@ -129,7 +130,7 @@ class Anchored(Direct):
         if not self._arrived:
             self._gram = None  # one of these is enough in memory
             self._gram = self._assemble(place)
-        self._refactor(place, quadratic, inflation)
+        self._refactor(quadratic, inflation)
         step, self._arrived = conjugate_gradients(
             multiply, right, context, goal=goal, iterations=ANCHORED, precondition=self._precondition
         )
@@ -166,21 +167,3 @@ def _back(value: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     found = torch.autograd.grad(value, x, rows, retain_graph=True, is_grads_batched=True, allow_unused=True)[0]
     assert found is not None
     return found.flatten(2)
-
-
-def add_precision(system: Tensor, place: Tensor, quadratic: Quadratic) -> None:
-    """Adds P, one block an example."""
-    batch, size = len(place), place[0].numel()
-    if batch == 1:
-        for rows in torch.arange(size, device=place.device).split(CHUNK):
-            ones = functional.one_hot(rows, size).to(place).view(-1, *place.shape[1:])
-            system[rows] += quadratic.multiply(ones).flatten(1)
-        return
-    blocks = system.view(batch, size, batch, size)
-    one = torch.zeros_like(place[0]).flatten()
-    for element in range(size):
-        one[element] = 1
-        column = quadratic.multiply(one.view_as(place[0]).expand_as(place)).flatten(1)
-        one[element] = 0
-        for example in range(batch):
-            blocks[example, :, example, element] += column[example]

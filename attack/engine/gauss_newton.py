@@ -26,9 +26,7 @@ from attack.engine.linearized import Jacobian, conjugate_gradients
 from attack.engine.prior import Prior, Quadratic
 
 FALL = 4.0
-"""s falls so many times a step at least: where the prior decides much, slower is better, ..."""
-BELOW = 0.3
-"""... and to so many times the mean square of the residual."""
+"""s falls so many times a step at least: where the prior decides much, slower is better."""
 SHORTEST = 1e-3
 """Part of a step below which the search along it ends."""
 STALLED = 0.8
@@ -52,6 +50,8 @@ class Settings:
     """The first s; None: the mean square of the rows at the start."""
     floor: float = 1.0
     """The last s."""
+    below: float = 0.3
+    """s falls to so many times the mean square of the residual, where that is less."""
     patient: bool = False
     """Whether to go on until `done` where the residual no longer falls, as the prior may still move what is open."""
 
@@ -114,7 +114,7 @@ def minimize(
         if stalled and (done(x) or not settings.patient):
             break  # what is left is not an error of the linearization
         before, first = size, size if settings.inflation is None else settings.inflation
-        inflation = max(settings.floor, min(inflation / FALL, BELOW * size) if taken else first)
+        inflation = max(settings.floor, min(inflation / FALL, settings.below * size) if taken else first)
         system = _System(at, quadratic, inflation)
         downhill = -at.back(at.value) / inflation - quadratic.gradient
         step, _ = _solve(system, downhill, x, context, direct, goal=settings.goal, iterations=settings.iterations)

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from attack.engine.context import Context
 from attack.engine.features import NoFeatures
 from attack.engine.target import Target
+from attack.engine.walk import SAMPLES, FullBelief
 
 ROUNDS, STEPS = 20, 50
 """Of the start, which takes e as given to find f and the other way round; and of Gauss-Newton."""
@@ -87,6 +89,30 @@ def read_coarsely(
         raise NoFeatures("the last layer's gradient is too ill-conditioned for float64")
     deviation = torch.cholesky_inverse(factor).diagonal().sqrt()
     return CoarseFeatures(label=label, values=features[None], deviation=max(1.0, off) * deviation[None])
+
+
+@torch.no_grad()
+def at_features(features: CoarseFeatures, last: nn.Linear, context: Context) -> FullBelief:
+    """The belief on the features, and on the derivative of the loss by them: where the walk back may begin.
+
+    How their errors hang together is left out: sums of features may be known far better than any of them, and what
+    bends below would be taken for news on such a sum.
+    """
+    mean, deviation = features.values[0], features.deviation[0]
+    precision = deviation.square().reciprocal().diag()
+    samples = mean + deviation * context.normal((SAMPLES, len(mean))).to(mean)
+    weight, bias = last.weight.detach(), last.bias.detach()
+    errors = (torch.cat([mean[None], samples]) @ weight.T + bias).softmax(1)
+    errors[:, features.label] -= 1
+    errors = errors @ weight
+    return FullBelief(
+        mean=mean,
+        precision=precision,
+        weighted=precision @ mean,
+        samples=samples,
+        error=errors[0],
+        error_samples=errors[1:],
+    )
 
 
 class _Fit:

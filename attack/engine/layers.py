@@ -107,6 +107,13 @@ def push(link: Link, columns: Tensor, weight: Tensor | None = None) -> Tensor:
     ).flatten(1)
 
 
+def weight_of(link: Link) -> Tensor:
+    """The layer's weight."""
+    weight = link.module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def bias_of(link: Link) -> Tensor:
     """What the layer adds to each of its outputs, shape (outputs,)."""
     outputs = math.prod(link.output_shape)
@@ -265,3 +272,18 @@ def gradient_rows(link: Link, error: Tensor) -> Tensor:
 def by_channel(link: Link, weight_gradient: Tensor) -> Tensor:
     """The weight's gradient as (outputs x kernel, input channels), in the order of `gradient_rows`."""
     return weight_gradient.flatten(2).transpose(1, 2).flatten(0, 1) if weight_gradient.ndim > 2 else weight_gradient
+
+
+def patches_of(link: Link, inputs: Tensor) -> Tensor:
+    """What each output position sees: (vectors, inputs) -> (vectors, inputs of one output, positions)."""
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return inputs[:, :, None]
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    return functional.unfold(
+        inputs.view(len(inputs), *link.input_shape),
+        module.kernel_size,
+        dilation=module.dilation,
+        padding=module.padding,
+        stride=module.stride,
+    )

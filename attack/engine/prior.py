@@ -40,6 +40,9 @@ class Quadratic(Protocol):
     def multiply(self, v: Tensor) -> Tensor:
         """Its second derivative times v: the precision of the prior. Of a batch of one, v may be a stack of several."""
 
+    def add_to(self, system: Tensor) -> None:
+        """Adds the second derivative, written out, to a matrix of shape (elements of the batch, the same)."""
+
     def draw(self, generator: torch.Generator) -> Tensor:
         """A draw from a normal distribution whose covariance is the second derivative."""
 
@@ -76,6 +79,9 @@ class _Gaussian:
 
     def multiply(self, v: Tensor) -> Tensor:
         return v / self.prior.variance
+
+    def add_to(self, system: Tensor) -> None:
+        system.diagonal().add_(1 / self.prior.variance)
 
     def draw(self, generator: torch.Generator) -> Tensor:
         return _normal(self.place, generator) / self.prior.variance**0.5
@@ -125,6 +131,19 @@ class _Pictures:
     def multiply(self, v: Tensor) -> Tensor:
         return (self._rough(v) + self._own * v) / self.span**2
 
+    def add_to(self, system: Tensor) -> None:
+        batch, channels, height, width = self.place.shape
+        colors, pixels = _colors(self.place), height * width
+        mixed = colors.T @ colors / self.span**2
+        blocks = system.view(batch, channels, pixels, batch, channels, pixels)
+        for example in range(batch):
+            rough = _neighbors(self.across[example, 0], self.down[example, 0])
+            for one in range(channels):
+                for other in range(channels):
+                    if mixed[one, other]:
+                        blocks[example, one, :, example, other] += mixed[one, other] * rough
+        system.diagonal().add_(self._own.flatten() / self.span**2)
+
     def draw(self, generator: torch.Generator) -> Tensor:
         across, down = (_normal(d, generator) for d in _differences(self.place))
         rough = _scatter(across * self.across.sqrt(), down * self.down.sqrt())
@@ -162,6 +181,19 @@ def _scatter(across: Tensor, down: Tensor) -> Tensor:
     rows = pad(across, (1, 0)) - pad(across, (0, 1))
     columns = pad(down, (0, 0, 1, 0)) - pad(down, (0, 0, 0, 1))
     return torch.einsum("kc,bkhw->bchw", _colors(across), rows + columns)
+
+
+def _neighbors(across: Tensor, down: Tensor) -> Tensor:
+    """The sum over neighbors of weight times squared difference, as a matrix, shape (pixels, pixels): what `_scatter`
+    makes of weighted `_differences`, in one color."""
+    height, width = across.shape[0], down.shape[1]
+    place = torch.arange(height * width, device=across.device).view(height, width)
+    found = across.new_zeros(height * width, height * width)
+    for weights, one, other in ((across, place[:, 1:], place[:, :-1]), (down, place[1:], place[:-1])):
+        pairs = one.flatten(), other.flatten()
+        for row, column, sign in ((0, 0, 1), (1, 1, 1), (0, 1, -1), (1, 0, -1)):
+            found.index_put_((pairs[row], pairs[column]), sign * weights.flatten(), accumulate=True)
+    return found
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

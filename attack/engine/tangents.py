@@ -16,10 +16,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from attack.engine.chain import Link, NoChain
-from attack.engine.layers import RESHAPES, bias_of, check, pull_back, push
+from attack.engine.layers import RESHAPES, bias_of, check, patches_of, pull_back, push
 
 CHUNK = 64
 """Directions followed at once: what a layer's outputs see of each, unfolded, is to stay near the cache."""
@@ -110,7 +109,7 @@ class Tangents:
                 tangents = push(link, tangents)
             elif not isinstance(link.module, RESHAPES):
                 shape = (1, *link.input_shape)
-                slope, curvature = _bends(link.module, value.view(shape))
+                slope, curvature = bends(link.module, value.view(shape))
                 passed.append(_Bend(slope, curvature, tangents))
                 value, tangents = link.module(value.view(shape)).detach().flatten(), tangents * slope
             if place + 1 == self._outputs_of:
@@ -134,31 +133,16 @@ def _weight_gradients(at: _Affine, error: Tensor, errors: Tensor) -> list[Tensor
     """Derivatives of the weight's gradient, and of the bias's where there is one, each (directions, elements)."""
     outputs = at.link.output_shape[0] if len(at.link.output_shape) == 3 else at.link.outputs
     errors, error = errors.view(len(errors), outputs, -1), error.view(outputs, -1)
-    patches, tangents = _patches(at.link, at.input[None])[0], _patches(at.link, at.inputs)
+    patches, tangents = patches_of(at.link, at.input[None])[0], patches_of(at.link, at.inputs)
     weight = errors @ patches.T + error @ tangents.transpose(1, 2)
     return [weight.flatten(1)] + ([errors.sum(2)] if at.link.module.bias is not None else [])
 
 
-def _patches(link: Link, inputs: Tensor) -> Tensor:
-    """What each output position sees: (vectors, inputs) -> (vectors, inputs of one output, positions)."""
-    module = link.module
-    if isinstance(module, nn.Linear):
-        return inputs[:, :, None]
-    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
-    return functional.unfold(
-        inputs.view(len(inputs), *link.input_shape),
-        module.kernel_size,
-        dilation=module.dilation,
-        padding=module.padding,
-        stride=module.stride,
-    )
-
-
 @torch.enable_grad()
-def _bends(module: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+def bends(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     """First and second derivative of an elementwise function, flat."""
     z = z.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(module(z).sum(), z, create_graph=True)
+    (slope,) = torch.autograd.grad(function(z).sum(), z, create_graph=True)
     curvature = torch.autograd.grad(slope.sum(), z)[0] if slope.requires_grad else torch.zeros_like(z)
     return slope.detach().flatten(), curvature.flatten()
 

@@ -94,10 +94,17 @@ class FullWalk:
             NoChain: a layer is too large, or its equations have no solution.
             OutOfTime: the deadline passed.
         """
-        belief = _at_logits(target, self._links, context)
+        return self.down(_at_logits(target, self._links, context), target, context)
+
+    @torch.no_grad()
+    def down(self, belief: FullBelief, target: Target, context: Context, *, to: int = 0) -> FullBelief:
+        """From a belief on the chain's output to that on the input of its link `to`.
+
+        Raises: NoChain, OutOfTime: as above.
+        """
         parameters = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
         gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
-        for index in range(len(self._links) - 1, -1, -1):
+        for index in range(len(self._links) - 1, to - 1, -1):
             link = self._links[index]
             inverse = activation(link.module)
             if inverse:
@@ -187,20 +194,12 @@ def _solve(
         raise NoChain(f"layer {link.name} has {link.inputs} inputs; at most {MAX_UNKNOWNS} are solved for at once")
     mean, variance = prior
     offset = bias_of(link).to(belief.mean)
-
-    # Forward rows: F^T P F and F^T P (z - b), with P the precision of z.
-    half = pull_back(link, belief.precision)
-    precision = pull_back(link, half.T.contiguous()).contiguous()
+    rows, targets = gradient_rows(link, belief.error), by_channel(link, gradient)
+    weights = by_channel(
+        link, row_noise(belief.error_samples - belief.error, noise, prior).square().reciprocal()
+    )  # 0 where nothing is known
+    precision = information(link, belief.precision, rows, weights)
     weighted = pull_back(link, (belief.weighted - belief.precision @ offset)[None])[0]
-
-    # Gradient rows. An error that is off by d moves a row by the sum of d times u: u is of the prior's size.
-    rows, targets, row_noise = gradient_rows(link, belief.error), by_channel(link, gradient), by_channel(link, noise)
-    doubt = (belief.error_samples - belief.error).view(SAMPLES, gradient.shape[0], -1).square().mean(0).sum(-1)
-    doubt = doubt.repeat_interleave(len(rows) // len(doubt)) * (mean**2 + variance)
-    weights = 1 / (row_noise.square() + doubt[:, None])  # (rows, channels); 0 where the gradient is not known
-    channels, size = targets.shape[1], rows.shape[1]
-    blocks = (rows.T * weights.T[:, None, :]) @ rows  # (channels, size, size)
-    precision.view(channels, size, channels, size).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
     weighted = weighted + (rows.T @ (weights * targets)).T.flatten()
 
     precision.diagonal().add_(1 / variance)
@@ -220,6 +219,36 @@ def _solve(
         error_samples=errors[1:],
     )
     return _Solved(belief=found, above=belief.precision, weights=weights)
+
+
+def row_noise(off: Tensor, noise: Tensor, prior: tuple[float, float]) -> Tensor:
+    """Standard deviation of a layer's gradient rows, in the shape of its weight, from that of their own and from what
+    is not known of the error: where it is off by d, a row moves by the sum of d times u, and u is of the prior's size.
+
+    Args:
+        off: draws of how far the error is off, (samples, outputs).
+        noise: standard deviation of the weight's gradient.
+        prior: mean and variance of u.
+    """
+    mean, variance = prior
+    doubt = off.view(len(off), len(noise), -1).square().mean(0).sum(-1) * (mean**2 + variance)
+    return torch.hypot(noise, doubt.sqrt().view(-1, *[1] * (noise.ndim - 1)))
+
+
+def information(link: Link, precision: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """What a layer's equations say of its input, as a precision, (inputs, inputs): F'PF + E'WE.
+
+    Args:
+        precision: P, of its output.
+        rows: E, (rows, elements of one channel).
+        weights: of those, (rows, channels).
+    """
+    half = pull_back(link, precision)
+    found = pull_back(link, half.T.contiguous()).contiguous()
+    channels, size = weights.shape[1], rows.shape[1]
+    blocks = (rows.T * weights.T[:, None, :]) @ rows  # (channels, size, size)
+    found.view(channels, size, channels, size).diagonal(dim1=0, dim2=2).add_(blocks.permute(1, 2, 0))
+    return found
 
 
 def _solve_again(

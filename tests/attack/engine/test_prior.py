@@ -43,3 +43,12 @@ def test_a_flat_gray_picture_is_the_likeliest() -> None:
     gray = torch.full((1, 3, 5, 4), 0.5, dtype=torch.float64)
     quadratic = Pictures(input_range=(0.0, 1.0)).at(gray)
     assert quadratic.energy(gray) == 0 and not quadratic.gradient.any()
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_written_out_it_is_what_it_multiplies_by(prior: Prior, channels: int) -> None:
+    quadratic, v = prior.at(picture(0, channels)), picture(1, channels)
+    system = torch.eye(v.numel(), dtype=v.dtype)
+    quadratic.add_to(system)
+    assert torch.allclose((system @ v.flatten()).view_as(v), v + quadratic.multiply(v))

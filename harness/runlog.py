@@ -46,6 +46,7 @@ class RunLog:
         bytes_out: int,
         bytes_in: int,
         seconds: dict[str, float],
+        cpu_seconds: dict[str, float],
         privacy: dict[str, float | None],
     ) -> None:
         """Writes what one step of this rank did.
@@ -53,6 +54,7 @@ class RunLog:
         Args:
             bytes_out, bytes_in: payload bytes of this step.
             seconds: wall time by part, e.g. gradient, exchange, update.
+            cpu_seconds: CPU time of this rank's process, by the same parts.
             privacy: what has been spent so far, where the defense is differentially private.
         """
         line: dict[str, Any] = {
@@ -63,6 +65,7 @@ class RunLog:
             "bytes_out": bytes_out,
             "bytes_in": bytes_in,
             "seconds": {part: round(value, 6) for part, value in seconds.items()},
+            "cpu_seconds": {part: round(value, 6) for part, value in cpu_seconds.items()},
         } | privacy
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -176,6 +176,7 @@ class Trainer:
                 bytes_out=exchange.traffic.bytes_out - before[0],
                 bytes_in=exchange.traffic.bytes_in - before[1],
                 seconds=clock.seconds,
+                cpu_seconds=clock.cpu_seconds,
                 privacy={"epsilon_links": self.accountant.epsilon(step + 1)} if self.accountant else {},
             )
         self.steps_done += 1
@@ -242,15 +243,17 @@ class Trainer:
 
 
 class _Clock:
-    """Wall seconds by part of a step."""
+    """Wall seconds by part of a step, and CPU seconds of all threads of this process."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
+        self.cpu_seconds: dict[str, float] = {}
+        self.last = time.perf_counter(), time.process_time()
 
     def lap(self, part: str) -> None:
-        now = time.perf_counter()
-        self.seconds[part], self.last = now - self.last, now
+        now = time.perf_counter(), time.process_time()
+        self.seconds[part], self.cpu_seconds[part] = now[0] - self.last[0], now[1] - self.last[1]
+        self.last = now
 
 
 def _device(name: str, rank: int) -> torch.device:

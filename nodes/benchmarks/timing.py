@@ -60,9 +60,9 @@ class Case:
             repetitions=len(seconds),
             median_s=statistics.median(seconds),
             fastest_s=min(seconds),
-            quartiles_s=_quartiles(seconds),
+            quartiles_s=quartiles(seconds),
             ratio=statistics.median(ratios),
-            ratio_quartiles=_quartiles(ratios),
+            ratio_quartiles=quartiles(ratios),
             cpu_s=cpu_s,
             mb_per_cpu_s=mb_per_cpu_s,
             limit=limit,
@@ -106,7 +106,8 @@ def as_text(cases: Sequence[Case], *, title: str) -> str:
     return f"{page.getvalue()}ratio: median of the paired ratios to {', '.join(baselines)}"
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Between which the middle half lies."""
     if len(values) == 1:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

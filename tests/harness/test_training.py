@@ -78,7 +78,7 @@ def test_what_is_logged_is_what_happened(tmp_path: Path) -> None:
     trained(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and {line["rank"] for line in lines} == {0}
-    assert {"gradient", "exchange", "update"} <= set(lines[0]["seconds"])
+    assert {"gradient", "exchange", "update"} <= set(lines[0]["seconds"]) == set(lines[0]["cpu_seconds"])
     assert list((tmp_path / "tensorboard").glob("events*"))
     truth = load_file(tmp_path / "truth" / "step2.rank0.safetensors")
     assert truth["inputs"].shape == (2, 3, 32, 32) and truth["labels"].shape == (2,)

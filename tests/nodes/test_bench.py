@@ -161,6 +161,8 @@ def test_wrong_use_is_one_line_and_ends_2(option, capsys):
 def test_bench_step_puts_each_defense_beside_none(capsys):
     arguments = ["--defenses", "int8", "--ranks", "2", "--steps", "2", "--repetitions", "1", "--model", "mlp:hidden=20"]
     assert main(["bench", "step", *arguments, "--json"]) == 0
-    plain, defended = json.loads(capsys.readouterr().out)["cases"]
-    assert (plain["name"], defended["name"]) == ("none", "int8") and 0.9 < plain["rest_ratio"] <= 1
+    plain, defended, again = json.loads(capsys.readouterr().out)["cases"]
+    assert (plain["name"], defended["name"], again["name"]) == ("none", "int8", "none, again")
+    assert 0.9 < plain["rest_ratio"] <= 1 and 0.9 < plain["cpu_rest_ratio"] <= 1
     assert 0 < defended["encoding_ms"] < defended["step_ms"] and defended["rest_ratio"] > 0
+    assert 0 < defended["encoding_cpu_ms"] < defended["cpu_ms"] and defended["cpu_rest_ratio"] > 0

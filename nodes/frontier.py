@@ -65,6 +65,8 @@ class Sweep:
     exchange: str
     seed: int
     plan: Plan
+    repeats: int = 1
+    """Steps at which each picture that is attacked comes again, one after the other."""
     overwrite: bool = False
     """Whether cells of another question count as not there."""
 
@@ -204,32 +206,59 @@ def _attack(sweep: Sweep, cell: Cell, run: Path) -> dict[str, Any]:
         return {"failed": "its training failed"}
     spec = _part(sweep.data, "train") if trained else sweep.pictures
     data = load_pictures(spec)
-    train = TrainConfig(
-        model=sweep.model,
-        weights=str(weights) if trained else "",
-        data=spec,
-        steps=-(-sweep.images // sweep.num_workers),
-        optimizer=STILL,
-        defense=cell.defense,
-        exchange=sweep.exchange,
-        seed=_seed(sweep, cell),
-        tensorboard=False,
-    )
-    recorded = Lab(out=run, overwrite=True, num_workers=sweep.num_workers, ring_mib=32, quiet=True, train=train).run()
-    if not recorded.ok:
-        return {"failed": recorded.text.splitlines()[0]}
     knowledge = Knowledge(
         model=resolve_model(sweep.model, data, LOSS),
         input_shape=data.input_shape,
         optimizer=STILL,
         optimizer_source="declared",
     )
-    return measure(run / CAPTURE_NAME, run / "truth", knowledge, optimizer=STILL, defense=cell.defense, plan=sweep.plan)
+    if sweep.repeats == 1:
+        jobs = [(spec, sweep.num_workers, -(-sweep.images // sweep.num_workers))]
+    else:  # a rank of its own, as the order of a set changes between ranks
+        chosen = [derive(_seed(sweep, cell), "picture", place) % len(data) for place in range(sweep.images)]
+        jobs = [(_with(spec, f"only={index}"), 1, sweep.repeats) for index in chosen]
+    measured = []
+    for job, num_workers, steps in jobs:
+        train = TrainConfig(
+            model=sweep.model,
+            weights=str(weights) if trained else "",
+            data=job,
+            steps=steps,
+            optimizer=STILL,
+            defense=cell.defense,
+            exchange=sweep.exchange,
+            seed=_seed(sweep, cell),
+            tensorboard=False,
+        )
+        recorded = Lab(out=run, overwrite=True, num_workers=num_workers, ring_mib=32, quiet=True, train=train).run()
+        if not recorded.ok:
+            return {"failed": recorded.text.splitlines()[0]}
+        measured.append(
+            measure(
+                run / CAPTURE_NAME,
+                run / "truth",
+                knowledge,
+                optimizer=STILL,
+                defense=cell.defense,
+                plan=sweep.plan,
+                one_batch=sweep.repeats > 1,
+            )
+        )
+    return {
+        "known_fraction": statistics.fmean(each["known_fraction"] for each in measured),
+        "cpu_seconds": sum(each["cpu_seconds"] for each in measured),
+        "victims": [victim for each in measured for victim in each["victims"]],
+        "pictures": [picture for each in measured for picture in each["pictures"]][: sweep.plan.pictures],
+    }
 
 
 def _part(data: str, part: str) -> str:
     """A data set's name, with the part that is trained on, or held out."""
-    return f"{data}{',' if ':' in data else ':'}part={part}"
+    return _with(data, f"part={part}")
+
+
+def _with(data: str, option: str) -> str:
+    return f"{data}{',' if ':' in data else ':'}{option}"
 
 
 def _parameters(model: str) -> int:

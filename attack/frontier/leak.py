@@ -25,6 +25,7 @@ from attack.metrics import score
 from attack.observation import Knowledge, Observation
 from attack.pool import Tell, work_in_processes
 from attack.reconstruct import best_match, reconstruct
+from attack.recurrence import join_steps
 from attack.report.pictures import still
 from attack.shades import Shades
 from attack.truth import read_truth
@@ -74,7 +75,14 @@ _Task = tuple[Observation, Attacker]
 
 
 def measure(
-    capture: Path, truth: Path, knowledge: Knowledge, *, optimizer: str, defense: str, plan: Plan
+    capture: Path,
+    truth: Path,
+    knowledge: Knowledge,
+    *,
+    optimizer: str,
+    defense: str,
+    plan: Plan,
+    one_batch: bool = False,
 ) -> dict[str, Any]:
     """Both attackers on every victim of a recording. Blocks until they are done.
 
@@ -82,6 +90,7 @@ def measure(
         truth: folder in which the job sealed its batches; each counts, also one that the wire did not show.
         optimizer: the job's update rule, which is declared.
         defense: the sender's, which is declared where the wire does not say it.
+        one_batch: each rank has one batch at all steps, which is declared, too: it counts once.
 
     Returns: plain values: `known_fraction`; `cpu_seconds`, of all attacks; `victims[]`, an entry for each victim and
         attacker; `pictures[]`, data URIs.
@@ -89,6 +98,8 @@ def measure(
     Raises: TapError, AnswerError: the recording or the truth cannot be read. WorkerDied.
     """
     seen = list(complete_buffers(Source(capture, optimizer=optimizer).observations()))
+    if one_batch:
+        seen = list(join_steps(seen, every=1))
     found: dict[tuple[int, int, Attacker], _Found] = {}
     # What may take longest first, so that processes end at about one time.
     attackers = reversed(Attacker) if defense else [Attacker.ADAPTIVE]
@@ -107,7 +118,7 @@ def measure(
     shades = Shades.of(knowledge.summary())
     victims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
-    for step, rank in sealed(truth):
+    for step, rank in [(step, rank) for step, rank in sealed(truth) if step == 0 or not one_batch]:
         true_inputs, true_labels = read_truth(truth, rank=rank, step=step)
         shown: dict[str, Any] = {"step": step, "rank": rank, "original": still(true_inputs[0], shades)}
         for attacker in Attacker:
@@ -140,7 +151,7 @@ def _attack(knowledge: Knowledge, defense: str, plan: Plan, task: _Task, tell: T
     observation, attacker = task
     began = time.process_time()
     if attacker is Attacker.NAIVE:
-        literal, alone = observation.taken_literally(), dataclasses.replace(knowledge, batch_size=1)
+        literal, alone = _mean(observation).taken_literally(), dataclasses.replace(knowledge, batch_size=1)
         shown = best_match(literal, alone, method=NAIVE, seed=plan.seed, deadline_s=plan.naive_s, clock=CLOCK)
         return _Found(
             method=NAIVE,
@@ -149,7 +160,7 @@ def _attack(knowledge: Knowledge, defense: str, plan: Plan, task: _Task, tell: T
             cpu_seconds=time.process_time() - began,
             reason=shown.reason,
         )
-    told = dataclasses.replace(observation, average=None, defense=observation.defense or defense or None)
+    told = _told(observation, defense)
     answer = reconstruct(told, knowledge, seed=plan.seed, deadline_s=plan.adaptive_s, progress=tell, clock=CLOCK)
     return _Found(
         status=answer.status.value,
@@ -160,6 +171,18 @@ def _attack(knowledge: Knowledge, defense: str, plan: Plan, task: _Task, tell: T
         cpu_seconds=answer.cpu_seconds,
         reason=answer.reason,
     )
+
+
+def _told(observation: Observation, defense: str) -> Observation:
+    """With the defense that is declared, where the wire does not say it."""
+    again = tuple(_told(other, defense) for other in observation.again)
+    return dataclasses.replace(observation, average=None, defense=observation.defense or defense or None, again=again)
+
+
+def _mean(observation: Observation) -> Observation:
+    """What was sent of one batch, its mean over the steps."""
+    steps = (observation, *observation.again)
+    return dataclasses.replace(observation, gradient=sum(step.gradient for step in steps) / len(steps), again=())
 
 
 def _scored(

@@ -5,7 +5,8 @@ to train on; and prose from Python itself. With a path, they come from the user'
 text from the user's files. Nothing is ever downloaded.
 
 Any set takes `part=train` (all but every fifth example) or `part=test` (every fifth), so that what was learned from one
-can be tried on the other.
+can be tried on the other; and `only=N`, which leaves the N-th example of that alone, from 0: one rank then has one
+batch at every step.
 """
 
 from __future__ import annotations
@@ -56,14 +57,19 @@ def load_data(spec: str) -> Dataset:
     part = options.pop("part", None)
     if part not in (None, *PARTS):
         raise ConfigError(f"data set {spec!r}: part: wanted {' or '.join(PARTS)}, got {part}")
+    only = options.pop("only", None)
     try:
         data = load(**options)
     except TypeError as error:
         raise ConfigError(f"data set {spec!r}: {error}") from error
-    if part is None:
+    if part is not None:
+        held_out = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1  # of a set that is ordered by class, some of each
+        data = data.part(np.flatnonzero(held_out if part == "test" else ~held_out))
+    if only is None:
         return data
-    held_out = np.arange(len(data)) % HELD_OUT == HELD_OUT - 1  # of a set that is ordered by class, some of each
-    return data.part(np.flatnonzero(held_out if part == "test" else ~held_out))
+    if type(only) is not int or not 0 <= only < len(data):
+        raise ConfigError(f"data set {spec!r}: only: wanted an example from 0 to {len(data) - 1}, got {only}")
+    return data.part(np.array([only]))
 
 
 def load_pictures(spec: str) -> PictureSet:

@@ -70,6 +70,9 @@ class Frontier(Command):
     """Jobs of each kind, with weights and pictures of their own."""
     images: int = 2
     """Pictures attacked for each defense and seed, at initialization and after training."""
+    repeats: int = 1
+    """Steps at which each attacked picture comes, with weights that stay; beyond 1, both attackers read its steps
+    together: the naive one their mean."""
     num_workers: int = 2
     """Ranks of each job."""
     batch_size: int = 32
@@ -120,7 +123,7 @@ class Frontier(Command):
 
     def _sweep(self, share: Share) -> Sweep:
         """Raises: ConfigError."""
-        for name in ("seeds", "images", "num_workers", "batch_size", "train_steps"):
+        for name in ("seeds", "images", "repeats", "num_workers", "batch_size", "train_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"frontier: --{name.replace('_', '-')}: wanted at least 1, got {getattr(self, name)}")
         if not self.defenses:
@@ -138,6 +141,7 @@ class Frontier(Command):
             data=self.data,
             pictures=self.pictures,
             images=self.images,
+            repeats=self.repeats,
             num_workers=self.num_workers,
             batch_size=self.batch_size,
             train_steps=self.train_steps,

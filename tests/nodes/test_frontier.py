@@ -95,3 +95,23 @@ def test_a_sweep_measures_and_does_nothing_twice(tmp_path, monkeypatch):
     assert again.json["rows"] == done.json["rows"]
     assert cells == {file: file.stat().st_mtime_ns for file in (tmp_path / "cells").iterdir()}
     assert Path(again.json["report"]).exists() and (tmp_path / "frontier.csv").read_text().startswith("defense,")
+
+
+@pytest.mark.lab
+def test_a_picture_that_comes_again_is_one_victim(tmp_path):
+    done = Frontier(
+        out=tmp_path,
+        defenses=("sign",),
+        stages=("initial",),
+        pictures="fashion-mnist",
+        model="lenet",
+        seeds=1,
+        images=1,
+        repeats=8,
+        processes=1,
+        naive_deadline_s=0.5,
+        deadline_s=150.0,
+    ).run()
+    (row,) = done.json["rows"]
+    assert row["failed"] is None and row["initial_naive_below_1e-2"] == 0
+    assert row["initial_adaptive_pictures"] == row["initial_adaptive_below_1e-2"] == 1

@@ -165,5 +165,10 @@ def test_parts_of_a_set_are_apart_and_whole_together() -> None:
     assert (np.bincount(test.labels) == 100).all()  # the file has one class after the other
     seen = {picture.tobytes() for picture in train.pictures}
     assert not any(picture.tobytes() in seen for picture in test.pictures)
+    only = load_data("mnist:part=test,only=3")
+    batches = [batch_at(only, seed=1, step=step, rank=0, world_size=1, batch_size=1) for step in range(3)]
+    assert all(batch.inputs.equal(test.take(np.array([3]), loss="cross_entropy", seed=0).inputs) for batch in batches)
+    with pytest.raises(ConfigError, match="only: wanted an example from 0 to 999, got 1000"):
+        load_data("mnist:part=test,only=1000")
     with pytest.raises(ConfigError, match="part: wanted train or test, got dev"):
         load_data("mnist:part=dev")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attack.answer import to_plain
@@ -181,8 +182,8 @@ def _told(observation: Observation, defense: str) -> Observation:
 
 def _mean(observation: Observation) -> Observation:
     """What was sent of one batch, its mean over the steps."""
-    steps = (observation, *observation.again)
-    return dataclasses.replace(observation, gradient=sum(step.gradient for step in steps) / len(steps), again=())
+    sent = torch.stack([step.gradient for step in (observation, *observation.again)])
+    return dataclasses.replace(observation, gradient=sent.mean(0), again=())
 
 
 def _scored(

@@ -16,6 +16,7 @@ import torch
 from attack.algorithms import METHODS, TEXT_METHODS, TEXT_ONLY, Answer, Reconstruction, Status
 from attack.certificate import certify
 from attack.engine.context import Context, Progress
+from attack.engine.rivals import doubt
 from attack.engine.target import Refused, Target, prepare
 from attack.errors import AttackError
 from attack.observation import Knowledge, Observation
@@ -174,11 +175,11 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
         reason = f"its gradient differs by {residual:.1e} of the observed one, at most {tolerance:.1e} is a match"
         return fields | {"reason": reason + (f" ({answer.reason})" if answer.reason else "")}
     if target.tokens is None:
-        fields["predicted_mse"], doubt = _doubt(target, answer, tolerance, context)
+        fields["predicted_mse"], against = _doubt(target, answer, tolerance, context)
     else:
-        doubt = f"{UNSURE.format(tolerance)} text" if tolerance > COARSE else None
-    if doubt is not None:
-        return fields | {"reason": doubt}
+        against = doubt(target, inputs, answer.labels) if tolerance > COARSE else None
+    if against is not None:
+        return fields | {"reason": against}
     frames = answer.film.frames
     return fields | {
         "status": Status.FILLED if answer.filled else Status.CONVERGED,

@@ -3,6 +3,7 @@
 from attack.algorithms.auto import auto
 from attack.algorithms.base import Answer, Method, Reconstruction, Status
 from attack.algorithms.coarse import coarse
+from attack.algorithms.coarse_text import coarse_text
 from attack.algorithms.dager import dager
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
@@ -31,11 +32,12 @@ METHODS: dict[str, Method] = {
     "inverting-gradients": inverting_gradients,
     "gradinversion": gradinversion,
     "dager": dager,
+    "coarse-text": coarse_text,
     "lamp": lamp,
     "tag": tag,
 }
 
-TEXT_ONLY = ("dager", "lamp", "tag")
+TEXT_ONLY = ("dager", "coarse-text", "lamp", "tag")
 """Those for models of tokens alone."""
 TEXT_METHODS = ("auto", *TEXT_ONLY)
 """Those that serve models of tokens."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from attack.algorithms.base import Answer, Method
 from attack.algorithms.coarse import coarse
+from attack.algorithms.coarse_text import coarse_text
 from attack.algorithms.dager import dager
 from attack.algorithms.dlg import dlg
 from attack.algorithms.gauss_newton import gauss_newton
@@ -29,6 +30,7 @@ from attack.engine.context import Context
 from attack.engine.cut import count
 from attack.engine.features import NoFeatures, count_examples
 from attack.engine.peeling import NotApart
+from attack.engine.rivals import doubt
 from attack.engine.target import Target
 from attack.engine.unmixing import check_connected
 
@@ -41,8 +43,7 @@ KINKED = (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)
 def auto(target: Target, context: Context) -> Answer:
     """The first answer within the target's tolerance; else the best of what was tried."""
     if target.tokens is not None:
-        why = "text: tokens whose inputs are in the span of the first layer's gradient"
-        return dataclasses.replace(dager(target, context), method="dager", route=f"dager ({why})")
+        return _text(target, context)
     if target.bases:
         why = "matrices known along some directions alone: solve for the pixels by these"
         return dataclasses.replace(coarse(target, context), method="coarse", route=f"coarse ({why})")
@@ -95,6 +96,35 @@ def auto(target: Target, context: Context) -> Answer:
         route[-1] += f": {answer.reason or f'its gradient differs by {residual:.1e}'}"
     assert best is not None
     return dataclasses.replace(best, route="; then ".join(route), batch_size_read=bool(source))
+
+
+def _text(target: Target, context: Context) -> Answer:
+    """Spans, or each token's slope; the second first where the gradient is known coarsely."""
+    plan: list[tuple[str, Method, str]] = [
+        ("dager", dager, "text: tokens whose inputs are in the span of the first layer's gradient")
+    ]
+    if target.batch_size == 1:
+        plan.append(("coarse-text", coarse_text, "one sentence: each token by the rows that its slope stands in"))
+    if _coarse(target):
+        plan.reverse()
+    best, route = None, []
+    for name, method, why in plan:
+        answer = dataclasses.replace(method(target, context), method=name)
+        route.append(f"{name} ({why})")
+        best = answer if best is None or best.inputs is None else best
+        if answer.inputs is None or answer.labels is None:
+            route[-1] += f": {answer.reason}"
+        elif target.explained_by(answer.inputs, answer.labels):
+            # What is known coarsely, a wrong text explains as well.
+            against = doubt(target, answer.inputs, answer.labels) if _coarse(target) else None
+            if against is None:
+                best = answer
+                break
+            route[-1] += f": {against}"
+        else:
+            route[-1] += ": its gradient differs"
+    assert best is not None
+    return dataclasses.replace(best, route="; then ".join(route))
 
 
 def _coarse(target: Target) -> bool:

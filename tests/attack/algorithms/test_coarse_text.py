@@ -1,0 +1,78 @@
+"""Single sentences from rounded, pruned and noisy gradients, and what may be claimed of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from attack.algorithms import Reconstruction, Status
+from attack.engine.rivals import doubt
+from attack.engine.target import prepare
+from attack.observation import Knowledge, Observation
+from attack.reconstruct import reconstruct
+from harness.gradients import mean_gradient
+from harness.models import LOSSES, load_model
+from harness.types import Batch
+from tests.attack.algorithms.test_coarse import defended
+from tests.attack.algorithms.test_dager import SHAPE, batch_of, rows
+from tests.attack.toys import observe_gradient
+
+CASES = [
+    ("bert", "masked_lm", "fp16"),
+    ("bert", "masked_lm", "prune:0.5"),
+    ("bert:tied=false", "masked_lm", "fp16"),
+    ("bert:head=classify,classes=5", "cross_entropy", "prune:0.5"),
+    ("gpt2", "causal_lm", "int8"),
+    ("gpt2", "causal_lm", "int8:rounding=stochastic"),
+    ("gpt2", "causal_lm", "noise-laplace:1e-3"),
+    ("gpt2:tied=false", "causal_lm", "prune:0.9"),
+    ("gpt2:head=classify,classes=5", "cross_entropy", "bf16"),
+]
+
+
+def sent(spec: str, loss: str, defense: str, *, seed: int, length: int = 14) -> tuple[Observation, Knowledge, Batch]:
+    """What is seen of one sentence's gradient under a defense, what is told, and the truth."""
+    torch.manual_seed(seed)
+    spec = f"{spec}{',' if ':' in spec else ':'}{SHAPE}"
+    model, batch = load_model(spec), batch_of([length], loss, seed=seed)
+    seen = observe_gradient(model, mean_gradient(model, LOSSES[loss], batch).flat)
+    knowledge = Knowledge(model=spec, loss=loss, input_shape=(24,), tokens=model.tokens, batch_size=1)
+    return defended(defense, seen), knowledge, batch
+
+
+def right(found: Reconstruction, batch: Batch) -> bool:
+    assert found.inputs is not None and found.labels is not None
+    return rows(found.inputs, found.labels) == rows(batch.inputs, batch.labels)
+
+
+@pytest.mark.parametrize(("spec", "loss", "defense"), CASES)
+def test_every_token_comes_back(spec: str, loss: str, defense: str) -> None:
+    seen, knowledge, batch = sent(spec, loss, defense, seed=2)
+    found = reconstruct(seen, knowledge, deadline_s=60)
+    assert found.status is Status.CONVERGED, found.reason
+    assert found.method == "coarse-text" and right(found, batch)
+
+
+def test_what_noise_hides_is_not_claimed() -> None:
+    # The slopes of a fresh encoder's tokens without a label are next to nothing.
+    seen, knowledge, _ = sent("bert", "masked_lm", "noise-gaussian:1e-2", seed=0, length=8)
+    found = reconstruct(seen, knowledge, method="coarse-text", deadline_s=60)
+    assert found.status is Status.NOT_CONVERGED and found.inputs is None
+    assert "match about as well" in str(found.reason)
+
+
+def test_a_text_with_two_tokens_swapped_is_in_doubt() -> None:
+    seen, knowledge, batch = sent("bert", "masked_lm", "fp16", seed=1)
+    target = prepare(seen, knowledge, device=torch.device("cpu"))
+    assert doubt(target, batch.inputs, batch.labels) is None
+    swapped = batch.inputs.clone()
+    swapped[0, [6, 8]] = batch.inputs[0, [8, 6]]
+    assert not swapped.equal(batch.inputs) and doubt(target, swapped, batch.labels) is not None
+
+
+def test_several_sentences_are_not_read_coarsely() -> None:
+    seen, knowledge, _ = sent("gpt2", "causal_lm", "fp16", seed=0)
+    found = reconstruct(seen, dataclasses.replace(knowledge, batch_size=2), method="coarse-text", deadline_s=5)
+    assert found.status is Status.NOT_CONVERGED and "one sentence" in str(found.reason)

@@ -111,7 +111,7 @@ def _text(target: Target, context: Context) -> Answer:
     for name, method, why in plan:
         answer = dataclasses.replace(method(target, context), method=name)
         route.append(f"{name} ({why})")
-        best = answer if best is None or best.inputs is None else best
+        best = best or answer
         if answer.inputs is None or answer.labels is None:
             route[-1] += f": {answer.reason}"
         elif target.explained_by(answer.inputs, answer.labels):

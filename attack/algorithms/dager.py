@@ -23,6 +23,7 @@ from attack.engine.context import Context
 from attack.engine.labels import NoLabel
 from attack.engine.sentences import Assembler, Candidates
 from attack.engine.span import Span
+from attack.engine.standing import standing
 from attack.engine.target import Target
 from attack.engine.token_labels import padded, solve_labels
 from attack.engine.vocabulary import linked, longest, words_of
@@ -44,33 +45,38 @@ def dager(target: Target, context: Context) -> Answer:
     bound = f"{total} different tokens in their places are seen, {contexts.room - 1} could be told apart"
     if inputs.full or contexts.full:
         return _nothing(target, f"the batch has {inputs.room} tokens or more, as many as the model is wide")
-    tokens, places, vectors = _candidates(target, anatomy, inputs, context)
+    tokens, places, vectors = _candidates(target, anatomy, inputs, total, context)
     if not len(tokens) or len(tokens) > MOST:
         return _nothing(target, f"{bound}; {len(tokens)} tokens at positions are in the span of the first layer")
     candidates = Candidates.of(anatomy, tokens, places, vectors)
 
-    def proof(sentence: Tensor, made: Tensor) -> bool:
+    def doubt(sentence: Tensor, made: Tensor) -> float:
         order = torch.arange(len(sentence), device=sentence.device)
-        return bool(states.has(anatomy.behind(made, sentence, order)).all())
+        return states.doubt(anatomy.behind(made, sentence, order))
 
-    assembler = Assembler(candidates, contexts, context, proof)
-    if anatomy.causal:
-        found = assembler.causal()
-    else:
-        found = list(assembler.encoded(total))
-        if sum(map(len, found)) < total:
-            return _nothing(target, f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven")
-    if not found:
-        return _nothing(target, f"{bound}; no sentence of these was proven")
-    sentences = [tokens[torch.tensor(sentence, device=tokens.device)] for sentence in found]
-    try:
-        sentences, labels = solve_labels(target, sentences, context.generator)
-    except NoLabel as error:
-        return _nothing(target, f"{bound}; {len(sentences)} sentences were proven, their labels not: {error}")
-    return Answer(inputs=padded(sentences, target.tokens.pad), labels=labels, batch_size_read=True)
+    assembler = Assembler(candidates, contexts, context, doubt)
+    answer = _nothing(target, f"{bound}; no sentence of these was proven")
+    for found in [assembler.causal()] if anatomy.causal else assembler.encoded(total):
+        seen = f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven"
+        answer = _nothing(target, seen)
+        if not found or (not anatomy.causal and sum(map(len, found)) < total):
+            continue
+        sentences = [tokens[torch.tensor(sentence, device=tokens.device)] for sentence in found]
+        try:
+            sentences, labels = solve_labels(target, sentences, context.generator)
+        except NoLabel as error:
+            answer = _nothing(target, f"{seen}, their labels not: {error}")
+            continue
+        rows = padded(sentences, target.tokens.pad)
+        answer = Answer(inputs=rows, labels=labels, batch_size_read=True)
+        if anatomy.causal or target.explained_by(rows, labels):
+            break
+    return answer
 
 
-def _candidates(target: Target, anatomy: Anatomy, inputs: Span, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(
+    target: Target, anatomy: Anatomy, inputs: Span, total: int, context: Context
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and positions whose input is in the span, int64, shape (n,), and these inputs."""
     words = words_of(anatomy, context.generator)
     if words is None:
@@ -78,7 +84,8 @@ def _candidates(target: Target, anatomy: Anatomy, inputs: Span, context: Context
         words = torch.arange(target.tokens.vocab, device=target.device)
         fits = torch.ones(len(words), longest(anatomy), dtype=torch.bool, device=target.device)
     else:
-        fits = linked(anatomy, words, context.generator)
+        told = standing(anatomy, words, total, context.generator)
+        fits = linked(anatomy, words, context.generator) if told is None else told
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for place in range(longest(anatomy)):
         vectors = anatomy.embed(words, torch.full_like(words, place))

@@ -34,6 +34,22 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Entrance:
+    """Embeddings that are normalized first, x = norm(word + position): what is needed to go back through it."""
+
+    words: Callable[[Tensor], Tensor]
+    """Tokens, int64, shape (n,) -> all of the sum but the position's part, float64, shape (n, width)."""
+    positions: Tensor
+    """float64, shape (length, width)."""
+    scale: Tensor
+    """Of the norm, shape (width,)."""
+    shift: Tensor
+    """Of the norm, shape (width,)."""
+    weight: Tensor
+    """Of query, key and value, stacked, shape (rows, width)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Anatomy:
     """A transformer's first attention, at the observed weights."""
 
@@ -56,6 +72,8 @@ class Anatomy:
     """x -> query, key and value, each of shape (n, heads, width of a head)."""
     behind: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Contexts c, shape (..., width), tokens and positions, shape (...) -> y."""
+    entrance: Entrance | None = None
+    """None where the embeddings are passed on as they are beside x."""
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """What attention's softmax is taken of, shape (n, m, heads), for n queries and m keys."""
@@ -79,13 +97,15 @@ def _bert(target: Target, prefix: str) -> Anatomy:
     model, rows = target.model, _Gradients(target)
     layer = prefix + "encoder.layer.0.attention."
     embeddings: Any = model.get_submodule(prefix + "embeddings")
-    parts = [model.get_submodule(f"{layer}self.{name}") for name in ("query", "key", "value")]
+    parts: list[Any] = [model.get_submodule(f"{layer}self.{name}") for name in ("query", "key", "value")]
     output: Any = model.get_submodule(layer + "output")
     heads = _heads(model.get_submodule(layer + "self"))
 
+    def words(tokens: Tensor) -> Tensor:
+        return (embeddings.word_embeddings.weight[tokens] + embeddings.token_type_embeddings.weight[0]).detach()
+
     def embed(tokens: Tensor, places: Tensor) -> Tensor:
-        part = embeddings.word_embeddings.weight[tokens] + embeddings.position_embeddings.weight[places]
-        return embeddings.LayerNorm(part + embeddings.token_type_embeddings.weight[0]).detach()
+        return embeddings.LayerNorm(words(tokens) + embeddings.position_embeddings.weight[places]).detach()
 
     def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (part(x).detach().unflatten(-1, (heads, -1)) for part in parts)
@@ -105,6 +125,13 @@ def _bert(target: Target, prefix: str) -> Anatomy:
         embed=embed,
         project=project,
         behind=behind,
+        entrance=Entrance(
+            words=words,
+            positions=embeddings.position_embeddings.weight.detach(),
+            scale=embeddings.LayerNorm.weight.detach(),
+            shift=embeddings.LayerNorm.bias.detach(),
+            weight=torch.cat([part.weight.detach() for part in parts]),
+        ),
     )
 
 

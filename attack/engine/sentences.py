@@ -7,39 +7,30 @@ given, y_n, has to be in the span of its gradient too: where attention is almost
 alone say little.
 
 A causal model is read position by position: a token is right where the context that it gives its prefix is in the span.
-In an encoder every token looks at all others. There a sentence is annealed: one position after the other takes a
-candidate by how much of the contexts then lies outside the span, more and more strictly. Queries, keys and values
-depend on a token and its position alone, and are computed once.
+In an encoder every token looks at all others of its sentence, and one token's context says which these are
+(`attack.engine.companions`). Queries, keys and values depend on a token and its position alone, and are computed once.
 
 Reference: DAGER, Petrov et al. 2024, arXiv 2405.15586, sections 4.2 and 4.3.
 Differs from the paper: it checks inputs of the second layer, here contexts of the first: they need no feed-forward
-layer and no norm; and for encoders it enumerates, where a sum over random directions of the complement is annealed
-here.
+layer and no norm; and for encoders it enumerates, where equations for one token's context are solved here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from attack.engine.anatomy import Anatomy
+from attack.engine.companions import Companions
 from attack.engine.context import Context
 from attack.engine.span import Span
 
-DIRECTIONS = 48
-"""Random directions of the complement that an annealing looks at; a proof looks at all."""
-SWEEPS, LAST_SWEEPS = 30, 3
-"""Visits to each position in an annealing, and those at its end that take the best candidate."""
-COOL = 0.01
-"""The last temperature, in units of the first."""
-RESTARTS = 8
-"""Annealings of one length, before the next length has its turn."""
-DEEPEST = 80.0
-"""Scores that far below a token's largest count as that: their weight is nothing."""
+SWEEPS = 4
+"""Over all candidates: each is asked for its sentence that often."""
 
 Sentence = tuple[int, ...]
 
@@ -87,13 +78,13 @@ class Assembler:
     """Finds sentences among candidates."""
 
     def __init__(
-        self, candidates: Candidates, contexts: Span, context: Context, proof: Callable[[Tensor, Tensor], bool]
+        self, candidates: Candidates, contexts: Span, context: Context, doubt: Callable[[Tensor, Tensor], float]
     ) -> None:
         """
         Args:
-            proof: whether an encoder's sentence, tokens and contexts, is right as far as more can be seen of it.
+            doubt: what `Span.doubt` says of the states behind an encoder's sentence, tokens and contexts.
         """
-        self._candidates, self._span, self._context, self._proof = candidates, contexts, context, proof
+        self._candidates, self._span, self._context, self._doubt = candidates, contexts, context, doubt
 
     def causal(self) -> list[Sentence]:
         """Every sentence of which each token's context is in the span, as long as it goes on."""
@@ -113,84 +104,51 @@ class Assembler:
             prefixes = torch.cat(longer)
         return whole + [tuple(prefix.tolist()) for prefix in prefixes if len(prefix)]
 
-    def encoded(self, total: int) -> Iterator[Sentence]:
-        """Sentences as they are found, each once, until their tokens are `total` or time is up."""
-        found: set[Sentence] = set()
-        while self._context.seconds_left:
-            for length in self._lengths():
-                for _ in range(RESTARTS):
-                    sentence = self._annealed(length)
-                    if sentence in found or not self._proven(sentence):
-                        continue
-                    found.add(sentence)
-                    yield sentence
-                    if sum(map(len, found)) >= total:
-                        return
-                    break
+    def encoded(self, total: int) -> Iterator[list[Sentence]]:
+        """Each time that one more is proven, until time is up: all proven ones, the least doubtful first, as many as
+        hold `total` tokens; with them one that was proven wrongly, where directions of the span are faint, comes
+        last.
+        """
+        at, draws = self._candidates.at, self._context.generator
+        companions = Companions(at, self._candidates.scores, self._candidates.values, self._span)
+        likely, others = self._lengths()
+        doubts: dict[Sentence, float] = {}
+        for sweep in range(SWEEPS):
+            for token in torch.randperm(len(self._candidates.tokens), generator=draws).tolist():
+                # First those that are in no sentence yet, from equal shares on; then any, from others.
+                if sweep == 0 and any(token in sentence for sentence in doubts):
+                    continue
+                start = draws if sweep else None
+                best = self._least(companions, token, likely, start) or self._least(companions, token, others, start)
                 if not self._context.seconds_left:
                     return
-            if all(len(at) == 1 for at in self._candidates.at):
-                return
+                if best is None or best[1] in doubts:
+                    continue
+                doubts[best[1]] = best[0]
+                ordered = sorted(doubts, key=lambda sentence: doubts[sentence])
+                reached = accumulate(map(len, ordered), initial=0)
+                yield [sentence for sentence, before in zip(ordered, reached, strict=False) if before < total]
 
-    def _proven(self, sentence: Sentence) -> bool:
+    def _least(
+        self, companions: Companions, token: int, lengths: list[int], start: torch.Generator | None
+    ) -> tuple[float, Sentence] | None:
+        """The least doubtful sentence of a token, and how doubtful it is; None where none is proven."""
+        found = []
+        for length in lengths:
+            if self._context.seconds_left and any(token in there for there in self._candidates.at[:length]):
+                sentence = tuple(companions.of(token, length, start).tolist())
+                found.append((self._doubted(sentence), sentence))
+        return min((pair for pair in found if pair[0] < 1), default=None)
+
+    def _doubted(self, sentence: Sentence) -> float:
         indices = torch.tensor(sentence, device=self._candidates.tokens.device)
         contexts = self._candidates.contexts(indices, causal=False)
-        return bool(self._span.has(contexts).all()) and self._proof(self._candidates.tokens[indices], contexts)
+        return max(self._span.doubt(contexts), self._doubt(self._candidates.tokens[indices], contexts))
 
-    def _lengths(self) -> list[int]:
-        """The longest first; those before them that end as the longest may."""
+    def _lengths(self) -> tuple[list[int], list[int]]:
+        """Those that end as the longest may, and others, the longest first."""
         at, tokens = self._candidates.at, self._candidates.tokens
         lengths = [length for length in range(len(at), 0, -1) if all(len(each) for each in at[:length])]
-        if not lengths:
-            return []
-        ends = tokens[at[lengths[0] - 1]]
-        return sorted(lengths, key=lambda length: not bool(torch.isin(tokens[at[length - 1]], ends).any()))
-
-    def _annealed(self, length: int) -> Sentence:
-        """One sentence of that length, right or not."""
-        draws = self._context.generator
-        at = self._candidates.at[:length]
-        sentence = torch.stack([each[torch.randint(len(each), (1,), generator=draws)[0]] for each in at])
-        if all(len(each) == 1 for each in at):
-            return tuple(sentence.tolist())
-        directions = torch.randn(
-            DIRECTIONS, self._span.width - self._span.rank, generator=draws, dtype=torch.float64
-        ) / math.sqrt(DIRECTIONS)
-        heads = self._candidates.values.shape[1]
-        basis = self._span.outside(directions.to(sentence.device)).unflatten(-1, (heads, -1))
-        used = torch.unique(torch.cat(list(at)))
-        seen = torch.zeros(len(self._candidates.tokens), DIRECTIONS * heads, dtype=torch.float64)
-        values = seen.to(sentence.device).view(-1, heads, DIRECTIONS)
-        values[used] = torch.einsum("rhd,nhd->nhr", basis, self._candidates.values[used])
-        first = 0.0
-        for sweep in range(SWEEPS):
-            cold = sweep >= SWEEPS - LAST_SWEEPS
-            for place in torch.randperm(length, generator=draws).tolist():
-                if len(at[place]) == 1:
-                    continue
-                lack = self._lacks(sentence, place, at[place], values)
-                lack = lack - lack.min()
-                first = first or float(lack.median()) / 2
-                if cold or not first:
-                    choice = lack.argmin()
-                else:
-                    chance = torch.softmax(-lack / (first * COOL ** (sweep / (SWEEPS - 1))), 0)
-                    choice = torch.multinomial(chance.cpu(), 1, generator=draws)[0]
-                sentence[place] = at[place][choice]
-        return tuple(sentence.tolist())
-
-    def _lacks(self, sentence: Tensor, place: int, choices: Tensor, values: Tensor) -> Tensor:
-        """How much of all contexts lies outside, squared, with each choice in that place, shape (choices,)."""
-        others = torch.cat([sentence[:place], sentence[place + 1 :]])
-        scores = self._candidates.scores
-        among, chosen = scores[others[:, None], others], scores[others[:, None], choices]
-        top = torch.maximum(among.amax(1), chosen.amax(1))[:, None]
-        among, chosen = (among - top).clamp(min=-DEEPEST).exp(), (chosen - top).clamp(min=-DEEPEST).exp()
-        sums = torch.einsum("nmh,mhr->nhr", among, values[others])
-        whole = among.sum(1)[:, None] + chosen
-        outside = torch.einsum("nch,nhr->ncr", 1 / whole, sums)
-        outside += torch.einsum("nch,chr->ncr", chosen / whole, values[choices])
-        own = torch.cat([scores[choices[:, None], others], scores[choices, choices][:, None]], 1).softmax(1)
-        itself = torch.einsum("cmh,mhr->cr", own[:, :-1], values[others])
-        itself += torch.einsum("ch,chr->cr", own[:, -1], values[choices])
-        return outside.square().sum((0, 2)) + itself.square().sum(1)
+        ends = tokens[at[lengths[0] - 1]] if lengths else tokens[:0]
+        likely = [length for length in lengths if torch.isin(tokens[at[length - 1]], ends).any()]
+        return likely, [length for length in lengths if length not in likely]

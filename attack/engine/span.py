@@ -63,6 +63,10 @@ class Span:
         """bool, shape (...): whether a vector is in the span."""
         return self.lack(vectors) < self.threshold
 
+    def doubt(self, vectors: Tensor) -> float:
+        """The largest lack of several, in units of the threshold: below one, all are in the span."""
+        return float(self.lack(vectors).max()) / self.threshold
+
     def complement(self, vectors: Tensor) -> Tensor:
         """What of each vector lies outside, shape (..., width - rank), by coordinates."""
         return vectors @ self._directions[self.rank :].T

@@ -58,10 +58,8 @@ def linked(anatomy: Anatomy, words: Tensor, generator: torch.Generator) -> Tenso
         words: all tokens that occur, as `words_of` gives them.
     """
     given, places = anatomy.words.values[words], anatomy.positions.values[: longest(anatomy)]
-    if (torch.linalg.vector_norm(anatomy.words.values, dim=1) > 0).all():
-        order = torch.randperm(len(anatomy.words.values), generator=generator).to(words.device)
-        sample = order[~torch.isin(order, words)][: _sample_size(anatomy.words)]
-        space = Span(Rows(values=anatomy.words.values[sample], noise=anatomy.words.noise))
+    space = last_layer(anatomy, words, generator)
+    if space is not None:
         given, places = space.complement(given), space.complement(places)
     sums = torch.cat([given, -places])
     sizes = torch.linalg.vector_norm(sums, dim=1)
@@ -72,6 +70,19 @@ def linked(anatomy: Anatomy, words: Tensor, generator: torch.Generator) -> Tenso
     zero = left[:, values < EXACT] / sizes[:, None]
     apart = torch.cdist(zero[: len(given)], zero[len(given) :])
     return apart <= ALIKE * torch.linalg.vector_norm(zero[: len(given)], dim=1, keepdim=True)
+
+
+def last_layer(anatomy: Anatomy, words: Tensor, generator: torch.Generator) -> Span | None:
+    """The space of the last layer's part in the gradient of the word embeddings; None where they are not that layer.
+
+    Args:
+        words: all tokens that occur, as `words_of` gives them.
+    """
+    if not (torch.linalg.vector_norm(anatomy.words.values, dim=1) > 0).all():
+        return None
+    order = torch.randperm(len(anatomy.words.values), generator=generator).to(words.device)
+    sample = order[~torch.isin(order, words)][: _sample_size(anatomy.words)]
+    return Span(Rows(values=anatomy.words.values[sample], noise=anatomy.words.noise))
 
 
 def _sample_size(rows: Rows) -> int:

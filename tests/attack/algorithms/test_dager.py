@@ -69,6 +69,8 @@ CASES = [
     ("bert:head=classify,classes=5", "cross_entropy", [15]),
     ("bert", "masked_lm", [9, 7]),
     ("bert:head=classify,classes=5", "cross_entropy", [8, 11]),
+    ("bert", "masked_lm", [9, 12, 7, 10]),
+    ("bert:head=classify,classes=5", "cross_entropy", [6, 9, 8, 7, 9, 5, 8, 7]),
     ("gpt2", "causal_lm", [14]),
     ("gpt2:tied=false", "causal_lm", [9, 14, 11]),
     ("gpt2", "causal_lm", [9, 14, 11, 7]),

@@ -27,7 +27,7 @@ from torch import Tensor
 from attack.algorithms import TEXT_ONLY, Answer, Reconstruction
 from attack.answer import to_plain
 from attack.decode.recording import Recording
-from attack.observation import Knowledge, Observation
+from attack.observation import Knowledge
 from attack.reconstruct import attempt
 from attack.text_metrics import ROUGE, TextScore, score_text
 from attack.truth import FOLDER, read_truth
@@ -35,7 +35,7 @@ from harness.config import TrainConfig
 from harness.data import load_data
 from harness.data.text import TextSet
 from harness.errors import ConfigError, GradtapError
-from harness.models import Tokenizer, load_model
+from harness.models import Tokenizer, Tokens, load_model
 from harness.seeding import derive
 from harness.training import resolve_model
 from nodes.benchmarks.base import Benchmark
@@ -122,6 +122,7 @@ class Sentences(Benchmark):
         seed = derive(self.seed, "bench sentences", size, job) % 2**31
         spec = resolve_model(self.model, data, self.loss)
         model: Any = load_model(spec)
+        width = next(value.shape[1] for value in model.parameters() if len(value) == model.tokens.vocab)
         train = TrainConfig(
             model=spec,
             loss=self.loss,
@@ -148,12 +149,12 @@ class Sentences(Benchmark):
                 raise GradtapError(f"bench sentences: {recorded.text}")
             began = time.process_time()
             for seen in Recording(run / CAPTURE_NAME, optimizer=self.optimizer).observations():
-                where = {"batch": size, "seed": seed, "step": seen.step, "rank": seen.rank}
+                where = {"batch": size, "seed": seed, "step": seen.step, "rank": seen.rank, "bound": width - 2}
                 reading_s = time.process_time() - began
                 for method in self.methods:
                     told = dataclasses.replace(knowledge, batch_size=size) if method in SEARCHES else knowledge
                     answer, found = attempt(seen, told, method=method, seed=seed, deadline_s=self.deadline_s)
-                    row = self._score(answer, found, seen, told, run / FOLDER, data.tokenizer)
+                    row = self._score(answer, found, model.tokens, run / FOLDER, data.tokenizer)
                     yield {"method": method, **where, **row, "reading_cpu_s": round(reading_s, 2)}
                 began = time.process_time()
 
@@ -161,36 +162,29 @@ class Sentences(Benchmark):
         self,
         answer: Answer,
         found: Reconstruction,
-        seen: Observation,
-        knowledge: Knowledge,
+        tokens: Tokens,
         truth: Path,
         reader: Tokenizer,
     ) -> dict[str, Any]:
-        tokens = knowledge.tokens
-        assert tokens is not None
-        inputs, labels = read_truth(truth, rank=seen.rank, step=seen.step, tokens=tokens)
+        inputs, labels = read_truth(truth, rank=found.rank, step=found.step, tokens=tokens)
 
         def score(own: Tensor, own_labels: Tensor) -> TextScore:
             return score_text(own, own_labels, inputs, labels, tokens=tokens, reader=reader)
 
         scored = None if found.inputs is None or found.labels is None else score(found.inputs, found.labels)
         metrics = ("token_accuracy", "exact", *ROUGE, "label_ok")
-        count = sum(map(len, tokens.rows(inputs)))
-        bound = next(shape[1] for shape in seen.shapes if shape[0] == tokens.vocab) - 2
         return {
             "status": found.status.value,
             "reason": found.reason,
             "gradient_residual": found.gradient_residual,
-            "tokens": count,
-            "bound": bound,
-            "beyond": count > bound,
+            "tokens": sum(map(len, tokens.rows(inputs))),
             **{name: None if scored is None else getattr(scored, name) for name in metrics},
             "by_iteration": {str(at): _shown(answer, at, score) for at in self.iterations},
             "cpu_s": round(found.cpu_seconds, 2),
         }
 
     def _summary(self, method: str, size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        within = [row for row in rows if not row["beyond"]]
+        within = [row for row in rows if row["tokens"] <= row["bound"]]
         answered = [row for row in within if row["exact"] is not None]
         tokens = sum(row["tokens"] for row in within)
         by_iteration = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,14 @@ def read_json(path: Path, *, hint: str) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path, *, hint: str) -> dict[str, Tensor]:
-    """All tensors of a file. Raises: AnswerError, one line that names the file and what to do (`hint`)."""
+def read_tensors(path: Path, *, hint: str, names: Container[str] | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, or those of these names that it has, without reading the others.
+
+    Raises: AnswerError, one line that names the file and what to do (`hint`).
+    """
     try:
-        return safetensors.torch.load(path.read_bytes())
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if names is None or name in names}
     except FileNotFoundError:
         raise AnswerError(f"{path}: no such file; {hint}") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:

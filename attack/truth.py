@@ -24,6 +24,8 @@ from harness.models import IGNORED, Tokens
 
 FOLDER = "truth"
 """In a run folder, where a job of this project leaves it."""
+WANTED = ("inputs", "labels")
+"""Of a file. A job's own gradient and weights, beside them, may be as large as the model."""
 
 
 def read_truth(
@@ -43,11 +45,11 @@ def read_truth(
         path = path.with_suffix(".npz")
         found = _read_npz(path, hint=hint)
     else:
-        found = read_tensors(path, hint=f"nor .npz; {hint}" if not path.exists() else hint)
-    missing = [name for name in ("inputs", "labels") if name not in found]
+        found = read_tensors(path, hint=f"nor .npz; {hint}" if not path.exists() else hint, names=WANTED)
+    missing = [name for name in WANTED if name not in found]
     if missing:
         raise AnswerError(
-            f"{path}: tensor {missing[0]!r} is missing; it holds: {', '.join(sorted(found)) or 'nothing'}"
+            f"{path}: tensor {missing[0]!r} is missing; of {' and '.join(WANTED)} it holds: {', '.join(found) or 'none'}"
         )
     return found["inputs"].long() if tokens else found["inputs"].float(), found["labels"].long()
 
@@ -63,6 +65,6 @@ def _below(parts: Sequence[Tensor], fill: int) -> Tensor:
 def _read_npz(path: Path, *, hint: str) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: torch.from_numpy(np.asarray(file[name])) for name in file if name in ("inputs", "labels")}
+            return {name: torch.from_numpy(np.asarray(file[name])) for name in file if name in WANTED}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise AnswerError(f"{path}: damaged, or not as numpy.savez writes it ({error}); {hint}") from error

@@ -82,7 +82,7 @@ class Sentences(Benchmark):
     """Of a job, each of which shows a batch of each of two ranks. The next job has its own weights and sentences."""
     seed: int = 0
     """Fixes weights, sentences and starts."""
-    methods: tuple[str, ...] = TEXT_ONLY
+    methods: tuple[str, ...] = ("dager", *SEARCHES)
     """Of gradtap attack."""
     iterations: tuple[int, ...] = (50, 100, 200, 400, 800)
     """Behind which a search's tokens are counted, at the last look before."""

@@ -30,7 +30,7 @@ def test_both_forms_are_read_alike(tmp_path: Path, form: str) -> None:
 
 def test_what_is_none_is_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "step0.rank0.npz", inputs=INPUTS.numpy())
-    with pytest.raises(AnswerError, match="tensor 'labels' is missing; it holds: inputs"):
+    with pytest.raises(AnswerError, match="tensor 'labels' is missing; of inputs and labels it holds: inputs"):
         read_truth(tmp_path, rank=0, step=0)
     np.savez(tmp_path / "step0.rank1.npz", inputs=np.array([{}]), labels=LABELS.numpy())
     (tmp_path / "step0.rank2.npz").write_bytes(b"PK\x03\x04 no archive")

@@ -48,9 +48,8 @@ def read_truth(
         found = read_tensors(path, hint=f"nor .npz; {hint}" if not path.exists() else hint, names=WANTED)
     missing = [name for name in WANTED if name not in found]
     if missing:
-        raise AnswerError(
-            f"{path}: tensor {missing[0]!r} is missing; of {' and '.join(WANTED)} it holds: {', '.join(found) or 'none'}"
-        )
+        held = f"of {' and '.join(WANTED)} it holds: {', '.join(found) or 'none'}"
+        raise AnswerError(f"{path}: tensor {missing[0]!r} is missing; {held}")
     return found["inputs"].long() if tokens else found["inputs"].float(), found["labels"].long()
 
 

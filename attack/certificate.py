@@ -97,28 +97,35 @@ def _by_replays(target: Target, answer: Answer, context: Context) -> float:
     Raises: NoChain, NoFeatures, OutOfTime: what the method does not solve again once.
     """
     assert answer.again is not None and answer.labels is not None and answer.inputs is not None
-    inputs = answer.inputs
+    inputs, belief = answer.inputs, answer.belief
     errors: list[Tensor] = []
     residuals: list[float] = []
+    shared = math.inf if belief is None else _freedom(belief.samples - belief.mean)
+    least = REPLAYS
+    if belief is not None:
+        numbers = range(REPLAYS_WITH_BELIEF, MAX_REPLAYS)
+        least = next((number for number in numbers if _quantile(shared, number) <= ENOUGH), MAX_REPLAYS)
     quantile = math.inf
-    least = REPLAYS if answer.belief is None else REPLAYS_WITH_BELIEF
     while len(errors) < least or (quantile > ENOUGH and len(errors) < MAX_REPLAYS):
-        truth = _truth(target, inputs, answer, len(errors), context)
-        moved = target.replay(truth, answer.labels, generator=context.generator)
+        count = max(1, least - len(errors)) if answer.all_again else 1
+        truths = [_truth(target, inputs, answer, len(errors) + one, context) for one in range(count)]
+        moved = [target.replay(truth, answer.labels, generator=context.generator) for truth in truths]
         try:
-            again = answer.again(moved)
+            found = answer.all_again(moved) if answer.all_again else [answer.again(moved[0])]
         except OutOfTime:
             if errors:
                 break
             raise
-        errors.append((again - truth).flatten())
-        residuals.append(moved.residual(again, answer.labels))
-        freedom = _freedom(torch.stack(errors))
-        if answer.belief is not None:
-            freedom = min(freedom, _freedom(answer.belief.samples - answer.belief.mean))
-        quantile = float(scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * len(errors)))
+        errors += [(again - truth).flatten() for again, truth in zip(found, truths, strict=True)]
+        residuals += [near.residual(again, answer.labels) for near, again in zip(moved, found, strict=True)]
+        quantile = _quantile(min(shared, _freedom(torch.stack(errors))), len(errors))
     off = target.residual(inputs, answer.labels) / max(residuals)
     return MARGIN * quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
+
+
+def _quantile(freedom: float, replays: int) -> float:
+    """Of the next squared error, in units of the mean of those of the replays."""
+    return float(scipy.stats.f.ppf(CONFIDENCE, freedom, freedom * replays))
 
 
 def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context: Context) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -49,6 +49,8 @@ class Answer:
     again: Callable[[Target], Tensor] | None = None
     """The inputs that a slightly moved gradient gives, found from these: where the method can tell for little. May
     raise NoChain or NoFeatures where it moved too far."""
+    all_again: Callable[[Sequence[Target]], Sequence[Tensor]] | None = None
+    """The same of several such gradients at once, where that takes less than one after the other."""
     left_open: float | None = None
     """Mean square of what is left open of `inputs`, the answer's own misfit and the prior included, where the method
     solved for that."""

@@ -14,6 +14,8 @@ Reference: Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,9 @@ def _quickly(target: Target, links: list[Link], label: Tensor, context: Context)
         with torch.enable_grad():
             film.take(iteration, target.residual(inputs, label), inputs)
 
+    def again(moved: Sequence[Target]) -> list[Tensor]:
+        return list(walk.again(moved, context).view(-1, 1, *target.input_shape))
+
     try:
         belief = walk(target, context, watch)
     except NoChain:
@@ -77,7 +82,8 @@ def _quickly(target: Target, links: list[Link], label: Tensor, context: Context)
         labels=label,
         film=film,
         belief=belief,
-        again=lambda moved: walk(moved, context).mean.view(1, *target.input_shape),
+        again=lambda moved: again([moved])[0],
+        all_again=again,
         evaluations=len(film.history),
     )
 

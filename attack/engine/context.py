@@ -40,6 +40,6 @@ class Context:
         """Time until the deadline, never negative."""
         return max(0.0, self.deadline - self.clock())
 
-    def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, float64, on the CPU."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+    def normal(self, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal numbers, on the CPU."""
+        return torch.randn(shape, generator=self.generator, dtype=dtype)

@@ -34,7 +34,7 @@ from torch.nn import functional
 from attack.engine.chain import NoChain, trace
 from attack.engine.context import Context
 from attack.engine.labels import NoLabel, estimate_counts, last_layer_signal, likely_counts
-from attack.engine.rank import ABOVE_NOISE, Decomposed, decompose
+from attack.engine.rank import ABOVE_NOISE, Decomposed, count, decompose
 from attack.engine.target import Target
 
 STARTS = 60
@@ -102,7 +102,7 @@ def count_examples(target: Target) -> int:
 
     Raises: NoFeatures.
     """
-    return _split(target).rank
+    return _examples(count(*_last_layer(target)), target)
 
 
 def read_features(target: Target, context: Context) -> Features:
@@ -210,27 +210,38 @@ def _only_one(split: _Split) -> Features:
     return Features(values=(split.right[1:] / scale).T, labels=error.argmin(1), error=error)
 
 
-def _split(target: Target, batch: int | None = None) -> _Split:
+def _last_layer(target: Target) -> tuple[Tensor, Tensor]:
+    """[db, dW] and its noise. Raises: NoFeatures: it is not known in full, or not of that form."""
     try:
         last_layer_signal(target)
     except NoLabel as error:
         raise NoFeatures(str(error)) from error
-    weight, bias = list(target.model.parameters())[-2:] if len(target.shapes) > 1 else [None, None]
-    if weight is None or bias is None or bias.ndim != 1 or weight.ndim != 2:
+    if len(target.shapes) < 2 or len(target.shapes[-1]) != 1 or len(target.shapes[-2]) != 2:
         raise NoFeatures("the last layer has no bias")
     gradient, noise = _joined(target, target.gradient), _joined(target, target.noise)
     if not noise.isfinite().all():
         raise NoFeatures("the last layer's gradient is not known in full")
+    return gradient, noise
+
+
+def _examples(rank: int, target: Target) -> int:
+    """A rank as a number of examples. Raises: NoFeatures: it cannot be one."""
+    if rank == 0:
+        raise NoFeatures("the last layer's gradient is within its noise")
+    if rank > 1 and rank >= target.classes:
+        raise NoFeatures(
+            f"the last layer's gradient has rank {rank}, and with {target.classes} classes it is at most "
+            f"{target.classes - 1}: it was changed"
+        )
+    return rank
+
+
+def _split(target: Target, batch: int | None = None) -> _Split:
+    gradient, noise = _last_layer(target)
     parts = decompose(gradient, noise, rank=batch)
     if batch is None:
-        batch = parts.rank
-        if batch == 0:
-            raise NoFeatures("the last layer's gradient is within its noise")
-        if batch > 1 and batch >= target.classes:
-            raise NoFeatures(
-                f"the last layer's gradient has rank {batch}, and with {target.classes} classes it is at most "
-                f"{target.classes - 1}: it was changed"
-            )
+        batch = _examples(parts.rank, target)
+    weight, bias = list(target.model.parameters())[-2:]
     public = torch.cat([bias[:, None], weight], 1).detach()
     solved = min(max(SOLVED, (parts.floor / float(parts.core[-1])) ** 2), SOLVED_AT_MOST)
     expected = float(noise.square().mean() * len(noise) * batch) ** 0.5

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,8 @@ class _Solved:
 
 
 class QuickWalk:
-    """The walk along one chain. After the first, a walk with a gradient near by costs a tenth of it: it takes the
-    factors and the variances of the first."""
+    """The walk along one chain. Gradients near that of the first walk cost a tenth of it: they take its factors and
+    variances."""
 
     def __init__(self, links: list[Link]) -> None:
         self._links = links
@@ -80,7 +80,7 @@ class QuickWalk:
 
     @torch.no_grad()
     def __call__(self, target: Target, context: Context, watch: Watch = _ignore) -> Belief:
-        """The belief on the chain's input; after the first walk, its mean without samples.
+        """The belief on the chain's input.
 
         Raises:
             NoChain: elements of the gradient are not known, or a layer is too large or ill-conditioned.
@@ -88,13 +88,12 @@ class QuickWalk:
         """
         if not target.known.all():
             raise NoChain("elements of the gradient are not known")
-        draws = 0 if self._solved else DRAWS
-        parameters = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
+        places = _places(target)
         gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
         error, noise = gradients[-1], noises[-1]
         if error.shape != self._links[-1].output_shape:
             raise NoChain("the gradient of the last layer's bias is not known")
-        normal = context.normal((draws, len(error))).to(error)
+        normal = context.normal((DRAWS, len(error))).to(error)
         belief = Belief(
             mean=torch.zeros_like(error),
             samples=torch.zeros_like(normal),
@@ -102,96 +101,142 @@ class QuickWalk:
             error_samples=error + noise * normal,
         )
         precision = torch.zeros_like(error)  # nothing is known of the logits
-        above = None
         first = next(link for link in self._links if hasattr(link.module, "weight"))
         for index in range(len(self._links) - 1, -1, -1):
             link = self._links[index]
             inverse = activation(link.module)
             if inverse:
-                assert above is not None  # the last link is linear
                 slope = inverse.slope(belief.mean)
-                precision = slope.square() / above.variance
+                precision = slope.square() / belief.variance
                 belief = Belief(
                     mean=inverse.inverse(belief.mean),
                     samples=inverse.inverse(belief.samples),
                     error=belief.error * slope,
-                    error_samples=belief.error_samples * (inverse.slope(belief.samples) if draws else 0),
+                    error_samples=belief.error_samples * inverse.slope(belief.samples),
                 )
             elif hasattr(link.module, "weight"):
-                at = parameters[id(link.module.weight)]
                 prior = prior_below(self._links[:index], target)
-                layer = _Layer(link, belief, precision, gradients[at], noises[at], prior, self._solved.get(link.name))
-                belief = layer.solve(belief, context, watch if link is first else _ignore)
-                above = self._solved.setdefault(link.name, layer.solved(belief))
+                at = places[id(link.module.weight)]
+                root = _root(link, belief, noises[at], prior)
+                layer = _Layer(link, prior, precision, root, belief.error, gradients[at])
+                precondition = layer.preconditioner()
+                belief = layer.believe(belief, precondition, context, watch if link is first else _ignore)
+                self._solved[link.name] = _Solved(
+                    root=root, mean=belief.mean, variance=belief.variance, precondition=precondition
+                )
         return belief
+
+    @torch.no_grad()
+    def again(self, targets: Sequence[Target], context: Context) -> Tensor:
+        """The means of the beliefs on the chain's input, shape (targets, inputs), for gradients near the first walk's.
+
+        Raises: OutOfTime: the deadline passed.
+        """
+        places = _places(targets[0])
+        gradients = [torch.stack(same) for same in zip(*(t.tensors(t.gradient) for t in targets), strict=True)]
+        error = gradients[-1]
+        mean, precision, variance = torch.zeros_like(error), torch.zeros_like(error), math.inf
+        for index in range(len(self._links) - 1, -1, -1):
+            link = self._links[index]
+            inverse = activation(link.module)
+            if inverse:
+                slope = inverse.slope(mean)
+                mean, error, precision = inverse.inverse(mean), error * slope, slope.square() / variance
+            elif hasattr(link.module, "weight"):
+                solved, prior = self._solved[link.name], prior_below(self._links[:index], targets[0])
+                gradient = gradients[places[id(link.module.weight)]]
+                layer = _Layer(link, prior, precision, solved.root, error, gradient)
+                mean, variance = layer.solve_near(mean, solved, context), solved.variance
+                error = pull_back(link, error)
+        return mean
+
+
+def _places(target: Target) -> dict[int, int]:
+    """Of a parameter's identity: which it is."""
+    return {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
+
+
+def _root(link: Link, belief: Belief, noise: Tensor, prior: tuple[float, float]) -> Tensor:
+    """One over the standard deviation of each gradient row, shape (rows, 1)."""
+    mean, variance = prior
+    # An error that is off by d moves a row by the sum of d times u: u is of the prior's size.
+    off = (belief.error_samples - belief.error).view(len(belief.error_samples), noise.shape[0], -1)
+    doubt = off.square().mean(0).sum(-1) * (mean**2 + variance)
+    return 1 / (noise.square().mean() + doubt).sqrt().repeat_interleave(noise[0, 0].numel())[:, None]
 
 
 class _Layer:
-    """The normal equations of one layer, (F'PF + E'WE + prior) u = right."""
+    """The normal equations of one layer, (F'PF + E'WE + prior) u = right; or of several gradients at it.
+
+    Args:
+        precision: P, shape (outputs,) or (gradients, outputs).
+        root: of W, shape (rows, 1).
+        error: at the output, shape as that of `precision`.
+        gradient: of the weight; of several, stacked.
+    """
 
     def __init__(
-        self,
-        link: Link,
-        belief: Belief,
-        precision: Tensor,
-        gradient: Tensor,
-        noise: Tensor,
-        prior: tuple[float, float],
-        before: _Solved | None,
+        self, link: Link, prior: tuple[float, float], precision: Tensor, root: Tensor, error: Tensor, gradient: Tensor
     ) -> None:
         self._link, self._precision = link, precision
         self._mean, self._variance = prior
-        self._iterations = ITERATIONS if before is None else AGAIN_ITERATIONS
-        rows = gradient_rows(link, belief.error)
-        if before is None:
-            # An error that is off by d moves a row by the sum of d times u: u is of the prior's size.
-            off = (belief.error_samples - belief.error).view(len(belief.error_samples), gradient.shape[0], -1)
-            doubt = off.square().mean(0).sum(-1) * (self._mean**2 + self._variance)
-            deviation = (noise.square().mean() + doubt).sqrt()
-            self._root = 1 / deviation.repeat_interleave(len(rows) // len(deviation))[:, None]
-            self._start = torch.full((link.inputs,), self._mean).to(rows)
+        if error.ndim == 1:
+            self._rows, self._targets = _weighted_rows(link, root, error, gradient)
         else:
-            self._root, self._start = before.root, before.mean
-        # Each row divided by its standard deviation: (rows, elements of a channel), and what they are to be.
-        self._rows, self._targets = self._root * rows, (self._root * by_channel(link, gradient)).T
-        if self._rows.shape[1] == 1:  # of a single element all rows say the same: one stands for them
-            size = torch.linalg.vector_norm(self._rows)
-            self._rows, self._targets = size.view(1, 1), self._targets @ self._rows / size
-        self._channels = len(self._targets)
-        self._precondition = self._preconditioner() if before is None else before.precondition
+            each = [_weighted_rows(link, root, *one) for one in zip(error, gradient, strict=True)]
+            self._rows, self._targets = (torch.stack(parts) for parts in zip(*each, strict=True))
+        self._channels = self._targets.shape[-2]
 
-    def solved(self, belief: Belief) -> _Solved:
-        """For later walks."""
-        return _Solved(root=self._root, mean=belief.mean, variance=belief.variance, precondition=self._precondition)
+    def believe(self, belief: Belief, precondition: Solve, context: Context, watch: Watch) -> Belief:
+        """From what is believed of the layer's output to what is believed of its input, with as many draws.
 
-    def solve(self, belief: Belief, context: Context, watch: Watch) -> Belief:
-        """From what is believed of the layer's output to what is believed of its input, with as many draws."""
+        Raises: NoChain, OutOfTime.
+        """
         link, draws = self._link, len(belief.samples)
-        offset = bias_of(link).to(belief.mean)
         # First the mean's right side; then draws, whose right sides are noise as each kind of row has it; then probes.
-        count = 1 + draws + (PROBES if draws else 0)
-        right = self._normal(context, count, link.inputs)
+        right = self._normal(context, 1 + draws + PROBES, link.inputs)
         right[: 1 + draws] /= math.sqrt(self._variance)
-        right[0] = self._mean / self._variance
         forward = self._precision.sqrt() * self._normal(context, 1 + draws, link.outputs)
-        forward[0] = self._precision * (belief.mean - offset)
+        right[0], forward[0] = self._ahead(belief.mean)
         right[: 1 + draws] += pull_back(link, forward)
-        rows = right.new_zeros(count, self._channels, len(self._rows))
+        rows = right.new_zeros(len(right), *self._targets.shape)
         rows[0] = self._targets
-        rows[1 : 1 + draws] = self._normal(context, draws, self._channels, len(self._rows))
+        rows[1 : 1 + draws] = self._normal(context, draws, *self._targets.shape)
         start = torch.zeros_like(right)
-        start[0] = self._start
-        solved = self._conjugate_gradients(right, rows, start, context, watch)
+        start[0] = self._mean
+        solved = self._conjugate_gradients(right, rows, start, precondition, ITERATIONS, context, watch)
         mean, samples, answers = solved[0], solved[1 : 1 + draws], solved[1 + draws :]
-        if draws and (right[1 + draws :] * answers).mean() > OPEN * samples.square().mean():
+        if (right[1 + draws :] * answers).mean() > OPEN * samples.square().mean():
             raise NoChain(f"layer {link.name}: some directions of its input are open")
         errors = pull_back(link, torch.cat([belief.error[None], belief.error_samples]))
         return Belief(mean=mean, samples=mean + samples, error=errors[0], error_samples=errors[1:])
 
-    def _normal(self, context: Context, *shape: int) -> Tensor:
-        return context.normal(shape).to(self._precision)
+    def solve_near(self, output: Tensor, before: _Solved, context: Context) -> Tensor:
+        """From outputs to inputs, (gradients, outputs) -> (gradients, inputs). Raises: OutOfTime."""
+        everywhere, forward = self._ahead(output)
+        right = everywhere + pull_back(self._link, forward)
+        start = before.mean.expand(len(output), -1)
+        return self._conjugate_gradients(
+            right, self._targets, start, before.precondition, AGAIN_ITERATIONS, context, _ignore
+        )
 
-    def _conjugate_gradients(self, right: Tensor, rows: Tensor, x: Tensor, context: Context, watch: Watch) -> Tensor:
+    def _ahead(self, output: Tensor) -> tuple[float, Tensor]:
+        """What prior and output say, on the right side: the first of each element, the second before F'."""
+        return self._mean / self._variance, self._precision * (output - bias_of(self._link).to(output))
+
+    def _normal(self, context: Context, *shape: int) -> Tensor:
+        return context.normal(shape, dtype=torch.float32).to(self._precision)  # a fifth of the time of float64
+
+    def _conjugate_gradients(
+        self,
+        right: Tensor,
+        rows: Tensor,
+        x: Tensor,
+        precondition: Solve,
+        iterations: int,
+        context: Context,
+        watch: Watch,
+    ) -> Tensor:
         """Solves for each of several right sides, `right` + E'`rows`, from `x`.
 
         Residuals of the rows are kept apart from the others: joined, the strong rows would drown in rounding what the
@@ -201,10 +246,10 @@ class _Layer:
         p, q, before = torch.zeros_like(r), torch.zeros_like(s), torch.zeros_like(x[:, :1])
         goal = torch.full_like(before, SOLVED * right.shape[1])
         watch(0, x[0])
-        for iteration in range(1, self._iterations + 1):
+        for iteration in range(1, iterations + 1):
             if not context.seconds_left:
                 raise OutOfTime
-            z = self._precondition(r, s)
+            z = precondition(r, s)
             seen = self._seen(z)
             rz = (r * z).sum(1, keepdim=True) + (s * seen).flatten(1).sum(1, keepdim=True)
             goal = torch.minimum(goal, FALLEN * rz) if iteration == 1 else goal
@@ -223,17 +268,27 @@ class _Layer:
 
     def _seen(self, v: Tensor) -> Tensor:
         """E v."""
-        return v.view(len(v), self._channels, -1) @ self._rows.T
+        return v.view(len(v), self._channels, -1) @ self._rows.mT
 
     def _others(self, v: Tensor) -> Tensor:
         """(F'PF + prior) v."""
         return v / self._variance + pull_back(self._link, self._precision * push(self._link, v))
 
-    def _preconditioner(self) -> Solve:
-        """Near the inverse of the normal matrix. Raises: NoChain."""
+    def preconditioner(self) -> Solve:
+        """Near the inverse of the normal matrix of one gradient. Raises: NoChain."""
         count, size = self._rows.shape
         if len(self._precision) <= MOST_OUTPUTS and size <= MOST_ELEMENTS:
             return ByOutputs(self._link, self._precision, self._rows, 1 / self._variance).solve
         if isinstance(self._link.module, nn.Conv2d) and count * self._channels <= MOST_ROWS:
             return Stripes(self._link, self._precision, self._rows, 1 / self._variance).solve
         raise NoChain(f"layer {self._link.name}: {self._link.inputs} inputs are too many to be walked back quickly")
+
+
+def _weighted_rows(link: Link, root: Tensor, error: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient rows, each divided by its standard deviation, shape (rows, elements of a channel); and what they are to
+    be, shape (channels, rows)."""
+    rows, targets = root * gradient_rows(link, error), (root * by_channel(link, gradient)).T
+    if rows.shape[1] == 1:  # of a single element all rows say the same: one stands for them
+        size = torch.linalg.vector_norm(rows)
+        rows, targets = size.view(1, 1), targets @ rows / size
+    return rows, targets

@@ -75,6 +75,9 @@ class Target:
     statistics: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     """Mean and unbiased variance of what this very batch gave each batch norm in training mode, float64, shape
     (channels,), by the module's name; empty where they were not seen."""
+    _asked: list[tuple[Tensor, Tensor, float]] = dataclasses.field(default_factory=list, init=False, repr=False)
+    """The last batch whose residual was asked for, and that: a method, the judge and the certificate ask for the
+    same."""
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +188,12 @@ class Target:
 
     def residual(self, inputs: Tensor, labels: Tensor) -> float:
         """||gradient of the batch - observed|| / ||observed||, over the known elements."""
-        return float(torch.linalg.vector_norm(self.mismatch(inputs, labels))) / self.norm
+        for before, its_labels, residual in self._asked:
+            if before.equal(inputs) and its_labels.equal(labels):
+                return residual
+        residual = float(torch.linalg.vector_norm(self.mismatch(inputs, labels))) / self.norm
+        self._asked[:] = [(inputs.detach().clone(), labels.detach().clone(), residual)]
+        return residual
 
 
 @functools.lru_cache(maxsize=1)

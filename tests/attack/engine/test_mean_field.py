@@ -61,7 +61,10 @@ def test_quick_walk_is_near_the_full_one(name):
     for belief in (quick, full):
         assert float((belief.mean - truth).square().mean()) <= 10 * belief.variance + 1e-12
     assert quick.variance <= 100 * full.variance + 1e-12
-    assert torch.allclose(walk(target, context).mean, quick.mean, atol=10 * quick.variance**0.5, rtol=0)
+    moved = target.replay(inputs + 1e-5 * torch.randn(inputs.shape, generator=context.generator), labels)
+    together = walk.again([target, moved], context)
+    assert torch.allclose(together[0], quick.mean, atol=10 * quick.variance**0.5, rtol=0)
+    assert torch.allclose(together[1], walk.again([moved], context)[0], atol=0.1 * quick.variance**0.5, rtol=0)
     assert [at for at, _ in seen] == list(range(len(seen))) and seen[-1][1].equal(quick.mean)
 
 

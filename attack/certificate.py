@@ -39,6 +39,8 @@ REPLAYS_WITH_BELIEF = 2
 """Where a belief says which directions share the errors, replays need only say how large these are."""
 ENOUGH = 6.0
 """Quantile, in units of the replays' mean, from which on no more replays are made."""
+USUAL_FREEDOM = 8.0
+"""Directions that share the errors: 3 to 30 on LeNets."""
 SAFETY, FILLED_SAFETY = 3.0, 20.0
 """Factors of what a method says that its equations leave open, and of the same where a prior on pictures filled it: the
 prior's own doubt of a picture is less than pictures differ from it."""
@@ -141,11 +143,15 @@ def _truth(target: Target, inputs: Tensor, answer: Answer, replay: int, context:
 
 
 def _freedom(errors: Tensor) -> float:
-    """Directions that share the errors, shape (errors, elements): 1 / mean of their squared cosines to each other."""
+    """Directions that share the errors, shape (errors, elements): 1 / mean of their squared cosines to each other.
+
+    Of two errors the one cosine is small by chance where few directions share them, so what is usual counts as one
+    more.
+    """
     units = torch.nn.functional.normalize(errors)
-    squared = (units @ units.T).square().triu(diagonal=1).sum()
+    squared = float((units @ units.T).square().triu(diagonal=1).sum()) + 1 / USUAL_FREEDOM
     pairs = len(errors) * (len(errors) - 1) / 2
-    return min(float(errors.shape[1]), pairs / max(float(squared), 1e-300)) if pairs else 1.0
+    return min(float(errors.shape[1]), (pairs + 1) / squared) if pairs else 1.0
 
 
 def _by_conjugate_gradients(target: Target, inputs: Tensor, labels: Tensor, context: Context) -> Certificate:

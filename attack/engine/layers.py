@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.grad import conv2d_input
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from attack.engine.chain import Link, NoChain
 
@@ -267,6 +267,26 @@ def gradient_rows(link: Link, error: Tensor) -> Tensor:
     moved = functional.pad(spread, margins).unfold(1, link.input_shape[1], 1).unfold(2, link.input_shape[2], 1)
     moved = moved[:, :: module.dilation[0], :: module.dilation[1]].flip(1, 2)
     return moved.reshape(outputs * math.prod(module.kernel_size), -1)
+
+
+def weight_gradients(link: Link, errors: Tensor, inputs: Tensor) -> Tensor:
+    """E(e) u of each e and u, without E: (vectors, outputs), (vectors, inputs) -> (vectors, input channels, rows)."""
+    module = link.module
+    if isinstance(module, nn.Linear):
+        return inputs[:, :, None] * errors[:, None]
+    assert isinstance(module, nn.Conv2d) and not isinstance(module.padding, str)
+    found = [
+        conv2d_weight(
+            u.view(1, *link.input_shape),
+            module.weight.shape,
+            e.reshape(1, *link.output_shape),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+        )
+        for e, u in zip(errors, inputs, strict=True)
+    ]
+    return torch.stack(found).flatten(3).permute(0, 2, 1, 3).flatten(2)
 
 
 def by_channel(link: Link, weight_gradient: Tensor) -> Tensor:

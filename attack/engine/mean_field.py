@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attack.engine.by_outputs import ByOutputs
 from attack.engine.chain import Link, NoChain
 from attack.engine.context import Context
-from attack.engine.layers import activation, bias_of, by_channel, gradient_rows, pull_back, push
+from attack.engine.layers import activation, bias_of, by_channel, gradient_rows, pull_back, push, weight_gradients
 from attack.engine.stripes import Stripes
 from attack.engine.target import Target
 from attack.engine.walk import Belief, OutOfTime, prior_below
@@ -180,11 +180,14 @@ class _Layer:
     ) -> None:
         self._link, self._precision = link, precision
         self._mean, self._variance = prior
-        if error.ndim == 1:
-            self._rows, self._targets = _weighted_rows(link, root, error, gradient)
-        else:
-            each = [_weighted_rows(link, root, *one) for one in zip(error, gradient, strict=True)]
-            self._rows, self._targets = (torch.stack(parts) for parts in zip(*each, strict=True))
+        self._root, self._error = root, error
+        gradients = gradient if error.ndim > 1 else gradient[None]
+        targets = torch.stack([(root * by_channel(link, one)).T for one in gradients])
+        # Of a single element all rows say the same: one stands for them.
+        self._as_one = (root[:, 0] * error)[..., None] if isinstance(link.module, nn.Linear) else None
+        if self._as_one is not None:
+            targets = targets @ torch.nn.functional.normalize(self._as_one, dim=-2)
+        self._targets = targets if error.ndim > 1 else targets[0]
         self._channels = self._targets.shape[-2]
 
     def believe(self, belief: Belief, precondition: Solve, context: Context, watch: Watch) -> Belief:
@@ -268,7 +271,9 @@ class _Layer:
 
     def _seen(self, v: Tensor) -> Tensor:
         """E v."""
-        return v.view(len(v), self._channels, -1) @ self._rows.mT
+        if self._as_one is not None:
+            return v[:, :, None] * torch.linalg.vector_norm(self._as_one, dim=-2, keepdim=True)
+        return self._root.T * weight_gradients(self._link, self._error.expand(len(v), -1), v)
 
     def _others(self, v: Tensor) -> Tensor:
         """(F'PF + prior) v."""
@@ -276,19 +281,13 @@ class _Layer:
 
     def preconditioner(self) -> Solve:
         """Near the inverse of the normal matrix of one gradient. Raises: NoChain."""
-        count, size = self._rows.shape
+        if self._as_one is None:
+            rows = self._root * gradient_rows(self._link, self._error)
+        else:
+            rows = torch.linalg.vector_norm(self._as_one).view(1, 1)
+        count, size = rows.shape
         if len(self._precision) <= MOST_OUTPUTS and size <= MOST_ELEMENTS:
-            return ByOutputs(self._link, self._precision, self._rows, 1 / self._variance).solve
+            return ByOutputs(self._link, self._precision, rows, 1 / self._variance).solve
         if isinstance(self._link.module, nn.Conv2d) and count * self._channels <= MOST_ROWS:
-            return Stripes(self._link, self._precision, self._rows, 1 / self._variance).solve
+            return Stripes(self._link, self._precision, rows, 1 / self._variance).solve
         raise NoChain(f"layer {self._link.name}: {self._link.inputs} inputs are too many to be walked back quickly")
-
-
-def _weighted_rows(link: Link, root: Tensor, error: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient rows, each divided by its standard deviation, shape (rows, elements of a channel); and what they are to
-    be, shape (channels, rows)."""
-    rows, targets = root * gradient_rows(link, error), (root * by_channel(link, gradient)).T
-    if rows.shape[1] == 1:  # of a single element all rows say the same: one stands for them
-        size = torch.linalg.vector_norm(rows)
-        rows, targets = size.view(1, 1), targets @ rows / size
-    return rows, targets

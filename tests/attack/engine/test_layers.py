@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from attack.engine.chain import NoChain, trace
-from attack.engine.layers import activation, by_channel, check, gradient_rows, pull_back, push_covariance
+from attack.engine.layers import (
+    activation,
+    by_channel,
+    check,
+    gradient_rows,
+    pull_back,
+    push_covariance,
+    weight_gradients,
+)
 
 LAYERS = [
     (nn.Linear(7, 4), (7,)),
@@ -31,6 +39,7 @@ def test_pull_back_and_gradient_rows_are_what_autograd_says(layer: nn.Module, sh
     rows = gradient_rows(link, error.flatten())
     channels = u.detach().view(by_weight.shape[1], -1).T  # (elements of a channel, channels)
     assert torch.allclose(rows @ channels, by_channel(link, by_weight))
+    assert torch.allclose(weight_gradients(link, error.flatten(1), u.detach().flatten(1))[0], (rows @ channels).T)
 
 
 @pytest.mark.parametrize(("layer", "shape"), [*LAYERS, (nn.Conv2d(9, 2, 3, stride=2), (9, 7, 7))], ids=str)

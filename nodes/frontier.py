@@ -70,12 +70,20 @@ class Sweep:
     overwrite: bool = False
     """Whether cells of another question count as not there."""
 
-    def question(self) -> dict[str, Any]:
-        """What decides a cell beside its own name."""
-        apart = {"out", "overwrite", "plan"}
+    def question(self, stage: str | None = None) -> dict[str, Any]:
+        """What decides a cell of this stage beside its own name; without one, what decides the whole sweep."""
+        apart = {"out", "overwrite", "plan"} | _NO_MATTER.get(stage, set())
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
-        limits = {"naive_s": self.plan.naive_s, "adaptive_s": self.plan.adaptive_s}
+        limits = {} if stage == TRAINING else {"naive_s": self.plan.naive_s, "adaptive_s": self.plan.adaptive_s}
         return fields | limits | {"versions": versions()}
+
+
+_NO_MATTER: dict[str | None, set[str]] = {
+    TRAINING: {"pictures", "images", "repeats"},
+    "initial": {"data", "batch_size", "train_steps", "optimizer"},
+    "trained": {"pictures"},
+}
+"""What a stage does not ask for: its cells are kept where nothing but that is changed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,13 +128,13 @@ def read_cell(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
         asked = found["question"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if asked == sweep.question():
+    if asked == (wanted := sweep.question(cell.stage)):
         return found
     if sweep.overwrite:
         return None
-    name = next(key for key, value in sweep.question().items() if asked.get(key) != value)
+    name = next(key for key, value in wanted.items() if asked.get(key) != value)
     raise ConfigError(
-        f"{path}: its {name} was {asked.get(name)}, not {sweep.question()[name]}; go on with what was asked, name "
+        f"{path}: its {name} was {asked.get(name)}, not {wanted[name]}; go on with what was asked, name "
         "another folder, or add --overwrite to start anew"
     )
 
@@ -141,7 +149,7 @@ def work(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     run, began = sweep.out / "runs" / cell.name, _cpu_seconds()
     done: dict[str, Any] = _train(sweep, cell, run) if cell.stage == TRAINING else _attack(sweep, cell, run)
     spent = {"cpu_seconds": _cpu_seconds() - began + done.get("cpu_seconds", 0.0)}
-    told = {"question": sweep.question(), **dataclasses.asdict(cell), **done, **spent}
+    told = {"question": sweep.question(cell.stage), **dataclasses.asdict(cell), **done, **spent}
     write_atomically(_path(sweep, cell), json.dumps(told, allow_nan=False), durable=True)
     shutil.rmtree(run, ignore_errors=True)
     return told

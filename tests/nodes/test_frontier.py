@@ -34,7 +34,7 @@ def sweep(out: Path) -> Sweep:
 def keep(sweep: Sweep, cell: Cell, **more: object) -> Path:
     path = sweep.out / "cells" / f"{cell.name}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"question": sweep.question(), **dataclasses.asdict(cell), **more}))
+    path.write_text(json.dumps({"question": sweep.question(cell.stage), **dataclasses.asdict(cell), **more}))
     return path
 
 
@@ -47,6 +47,12 @@ def test_a_cell_counts_for_its_own_question_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"its train_steps was 3, not 4"):
         read_cell(other, cell)
     assert read_cell(dataclasses.replace(other, overwrite=True), cell) is None
+    assert read_cell(dataclasses.replace(asked, pictures="cifar100", images=9), cell)["accuracy"] == 0.5
+    fresh = Cell(defense="int8", stage="initial", seed=0)
+    keep(asked, fresh)
+    assert read_cell(other, fresh) is not None
+    with pytest.raises(ConfigError, match=r"its images was 1, not 9"):
+        read_cell(dataclasses.replace(other, images=9), fresh)
     path.write_bytes(path.read_bytes()[:-9])  # what a full disk leaves
     assert read_cell(asked, cell) is None
 

@@ -17,6 +17,14 @@ class PublicDefense:
 
     noise: float = 0.0
     """Standard deviation of what was added to each element."""
+    noise_of_sum: float = 0.0
+    """The same of what was added to each element of the sum over the examples."""
+    laplace: bool = False
+    """Whether all noise is of Laplace's law."""
+    draws: bool = False
+    """Whether elements were rounded up or down by chance, without bias."""
+    columns: bool = False
+    """Whether columns of a linear layer were left out."""
     norm: float | None = None
     """The largest norm that was left; None: it was not clipped."""
     prunes: bool = False
@@ -30,15 +38,31 @@ class PublicDefense:
     rank: int = 0
     """Matrices were sent as products of this rank, and what these are off is added to later steps; 0: they were not."""
 
+    def noise_of(self, examples: int) -> float:
+        """Standard deviation of what was added to each element of the mean over so many examples."""
+        return math.hypot(self.noise, self.noise_of_sum / examples)
+
     @classmethod
     def read(cls, chain: str) -> PublicDefense:
         """Never fails: what cannot be read says nothing."""
-        variance, found = 0.0, cls()
+        variance, laws, found = 0.0, set[str](), cls()
         for link in re.split(r"\+(?!\d)", chain):
             name, _, options = link.partition(":")
             value = _number(options.partition(",")[0])
             if name in ("noise-gaussian", "noise-laplace") and value is not None:
                 variance += value**2
+                laws.add(name)
+            elif name == "dp-sgd":
+                norm = _option(options, "clip", 0.0)
+                found = dataclasses.replace(
+                    found, noise_of_sum=_option(options, "noise", 0.0) * norm, norm=norm or None
+                )
+            elif name == "soteria":
+                found = dataclasses.replace(found, columns=True)
+            elif (name == "ternary" and "clip=" not in options) or name == "qsgd":
+                found = dataclasses.replace(found, draws=True)
+            elif name == "int8" and "rounding=stochastic" in options:
+                found = dataclasses.replace(found, draws=True)
             elif name == "clip" and value is not None:
                 found = dataclasses.replace(found, norm=value)
             elif name == "prune":
@@ -50,7 +74,8 @@ class PublicDefense:
                 found = dataclasses.replace(found, keeps=True, signs=True)
             elif name == "powersgd" and value is not None and value >= 1:
                 found = dataclasses.replace(found, rank=int(value))
-        return dataclasses.replace(found, noise=math.sqrt(variance))
+        laplace = laws == {"noise-laplace"} and not found.noise_of_sum
+        return dataclasses.replace(found, noise=math.sqrt(variance), laplace=laplace)
 
 
 def _option(options: str, name: str, default: float) -> float:

@@ -33,6 +33,8 @@ FOLLOWS = 30.0
 """Movement of the gradient, relative to its size in units of the weights': LeNet's is 3 to 10."""
 ROUNDING = 2.0**-21
 """Error of the sender's sums in float32, a step, relative to what is summed."""
+FACTORED = 2.0**-18
+"""The same of products with factors: sums of hundreds of terms, and columns that are orthonormal as float32 tells."""
 SEEN = 1e-3
 """Part of a direction that the steps must have sent, in units of the best seen one's, to count as known."""
 NO_RANK = 1e-5
@@ -47,12 +49,12 @@ def settle(observation: Observation, *, examples: int | None = None) -> Observat
         examples: of its batch: a linear layer's gradient has no higher rank. None: not known.
     """
     defense = PublicDefense.read(observation.defense or "")
-    if not (defense.keeps or defense.rank) or defense.noise:
+    if not (defense.keeps or defense.rank) or defense.noise or defense.noise_of_sum:
         return observation
     steps = list(_linked(observation))
     if not steps or (defense.signs and len(steps) == 1):
         return observation
-    moved = _movement(steps)
+    moved = movement(steps)
     sent = [step.gradient.double() for step in steps]
     bases: tuple[Basis, ...] = ()
     if defense.rank:
@@ -79,12 +81,12 @@ def _linked(observation: Observation) -> Iterator[Observation]:
     steps = sorted((observation, *observation.again), key=lambda step: step.step)
     for number, step in enumerate(steps):
         same = step.step == number and step.complete and step.defense == observation.defense
-        if not same or step.weights is None or _movement([steps[0], step]) > STILL:
+        if not same or step.weights is None or movement([steps[0], step]) > STILL:
             return
         yield dataclasses.replace(step, again=(), shapes=observation.shapes)
 
 
-def _movement(steps: Sequence[Observation]) -> float:
+def movement(steps: Sequence[Observation]) -> float:
     """Largest distance of the weights from the first step's, relative to their size."""
     weights = torch.stack([step.weights for step in steps if step.weights is not None]).double()
     size = float(torch.linalg.vector_norm(weights[0]))
@@ -168,7 +170,7 @@ def _projected(
         if bound[where].isfinite().all():  # no matrix: sent as it is
             continue
         products = [values[where].view(shape[0], -1) for values in sent]
-        error = ROUNDING * len(sent) * products[0].abs().max()
+        error = FACTORED * len(sent) * products[0].abs().max()
         left, sizes = _directions(products[0])
         if len(sizes) < min(rank, *products[0].shape) or (len(shape) == 2 and len(sizes) == examples):
             bound[where] = error  # what has no higher rank was sent whole

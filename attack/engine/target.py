@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from attack.averaged import average
 from attack.defense import PublicDefense
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.errors import AttackError
 from attack.feedback import settle
+from attack.left_out import disbelieve
 from attack.observation import BATCH_NORM_MODES, Basis, Knowledge, Observation
 from harness.models import LOSSES, Tokens, load_model
 
@@ -216,7 +218,8 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     with torch.random.fork_rng(devices=[]):  # a fresh model draws weights; the caller's generator stays as it was
         model = load_model(knowledge.model)
     observation = _in_parts(observation, model, knowledge)
-    observation = settle(observation, examples=knowledge.batch_size or 1)
+    examples = knowledge.batch_size or 1
+    observation = average(settle(disbelieve(observation), examples=examples), examples=examples)
     known = observation.limited
     if not known.any():
         raise Refused("no element of the gradient was seen", observed=False)
@@ -237,7 +240,9 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
     if observation.defense is not None:
         # Noise of a known law counts as an error that is uniform, with the same variance.
-        bound = torch.hypot(bound, torch.tensor(math.sqrt(3) * PublicDefense.read(observation.defense).noise))
+        bound = torch.hypot(
+            bound, torch.tensor(math.sqrt(3) * PublicDefense.read(observation.defense).noise_of(examples))
+        )
     bound = torch.where(known, bound, 0.0)
     target = Target(
         model=model.to(device),

@@ -17,8 +17,9 @@ arXiv 1906.08935, sections 5.1 and 5.2, against an attacker who does not adapt.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,11 @@ DETERMINED = 3e-3
 known well enough to be taken for a number. Of int8 it is 1e-2, and the picture comes out worse so."""
 FLOOR = 1e-3
 """Least relative deviation of an equation then. With 1e-4 and less a gradient pruned by 80 or 90 % took twice the
-steps, and its pictures came out with up to twice the error: what is that stiff is followed around each bend."""
+steps, and its pictures came out with up to twice the error: what is that stiff is followed around each bend. Where an
+answer so found does not match, as of float16 that is known nearly so well, it goes on without."""
 FITS = 3.0
-"""Standard deviations, root mean square, up to which it was."""
+"""Standard deviations, root mean square, that an answer may leave of its equations: more, and something above was taken
+for surer than it is."""
 MAX_INPUTS = 4096
 """Elements of a picture up to which its linear systems are written out."""
 SETTLED = 1e-5
@@ -69,14 +72,6 @@ def coarse(target: Target, context: Context) -> Answer:
     """The input and label of a batch of one."""
     if target.batch_size != 1:
         return Answer(inputs=None, labels=None, reason="a gradient known coarsely is inverted for one example alone")
-    try:
-        label = read_label([target, *target.again])
-        rows, direct, settings = _system(target, label, context)
-    except (NoChain, NoFeatures) as error:
-        return Answer(inputs=None, labels=None, reason=str(error))
-    except OutOfTime:
-        return Answer(inputs=None, labels=None, reason="the deadline passed")
-
     film = Film()
     low, high = target.input_range
     last_two = [torch.full((1, *target.input_shape), (low + high) / 2, dtype=torch.float64, device=target.device)] * 2
@@ -94,12 +89,20 @@ def coarse(target: Target, context: Context) -> Answer:
             )
         )
 
-    watch(last_two[1])
     prior = prior_of(target)
-    solution = minimize(rows, last_two[1], prior, context, settings, direct=direct, done=settled, watch=watch)
-    if settings is NEARLY_LINEAR and solution.misfit > FITS**2 and context.seconds_left:
-        rows, direct, settings = _whole(target, label)  # something above was taken for surer than it is
-        solution = minimize(rows, solution.inputs, prior, context, settings, direct=direct, done=settled, watch=watch)
+    try:
+        label = read_label([target, *target.again])
+        watch(last_two[1])
+        for system in _systems(target, label, context):
+            rows, direct, settings = system.rows, system.direct, system.settings
+            solution = minimize(rows, last_two[1], prior, context, settings, direct=direct, done=settled, watch=watch)
+            fits = solution.misfit <= FITS**2 and target.explained_by(solution.inputs, label)
+            if fits or not context.seconds_left:
+                break
+    except (NoChain, NoFeatures) as error:
+        return Answer(inputs=None, labels=None, film=film, reason=str(error))
+    except OutOfTime:
+        return Answer(inputs=None, labels=None, film=film, reason="the deadline passed")
     left = spread(rows, solution, prior, context, iterations=2 * settings.iterations, direct=direct)
     size = solution.inputs.numel()
     said = f"what was sent leaves about {left.open_directions:,.0f} of {size:,} directions open; a prior on pictures"
@@ -118,23 +121,32 @@ def coarse(target: Target, context: Context) -> Answer:
     )
 
 
-def _system(
-    target: Target, label: Tensor, context: Context
-) -> tuple[Callable[[Tensor], Tensor], Direct | None, Settings]:
-    """The equations of all steps, what solves their linear systems, and how Gauss-Newton is to go about them.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _System:
+    """Equations, and how to go about them."""
 
-    Raises: NoChain, NoFeatures, OutOfTime.
-    """
-    try:
-        parts = [_lowest(target, label, context)]
-    except NoChain:
-        return _whole(target, label)
-    for other in target.again:
-        with contextlib.suppress(NoChain, NoFeatures):
-            parts.append(_lowest(other, label, context))
+    rows: Callable[[Tensor], Tensor]
+    direct: Direct | None
+    """What solves their linear systems exactly, where that can be had."""
+    settings: Settings
 
-    def rows(x: Tensor) -> Tensor:
-        return torch.cat([part.rows(x) for part in parts])
+
+def _systems(target: Target, label: Tensor, context: Context) -> Iterator[_System]:
+    """What to try, the one after the other, until an answer fits. Raises: NoChain, NoFeatures, OutOfTime."""
+    for floor in (FLOOR, 0.0):
+        try:
+            parts = [_lowest(target, label, context, floor)]
+        except NoChain:
+            break
+        for other in target.again:
+            with contextlib.suppress(NoChain, NoFeatures):
+                parts.append(_lowest(other, label, context, floor))
+        yield _together(parts)
+    yield _whole(target, label)
+
+
+def _together(parts: list[Lowest]) -> _System:
+    """Of all steps."""
 
     def gram(x: Tensor) -> Tensor:
         found = parts[0].gram(x)
@@ -142,10 +154,12 @@ def _system(
             found += part.gram(x)
         return found
 
-    return rows, Anchored(gram), NEARLY_LINEAR
+    return _System(
+        rows=lambda x: torch.cat([part.rows(x) for part in parts]), direct=Anchored(gram), settings=NEARLY_LINEAR
+    )
 
 
-def _lowest(target: Target, label: Tensor, context: Context) -> Lowest:
+def _lowest(target: Target, label: Tensor, context: Context, floor: float) -> Lowest:
     """The equations of the two lowest layers, where those above determine what is between.
 
     Raises: NoChain, NoFeatures, OutOfTime.
@@ -154,18 +168,18 @@ def _lowest(target: Target, label: Tensor, context: Context) -> Lowest:
     check(links)
     if math.prod(target.input_shape) > MAX_INPUTS:
         raise NoChain("the input is too large for its linear systems to be written out")
-    weighty = [place for place, link in enumerate(links) if isinstance(link.module, (nn.Linear, nn.Conv2d))]
-    if len(weighty) < 3:
+    layers = [place for place, link in enumerate(links) if isinstance(link.module, (nn.Linear, nn.Conv2d))]
+    if len(layers) < 3:
         raise NoChain("there is no layer between the last and the two lowest")
-    third = weighty[2]
+    _, second, third = layers[:3]
     belief = FullWalk(links[:-1]).down(at_features(features, last, context), target, context, to=third)
     if belief.variance > DETERMINED**2 * prior_below(links[:third], target)[1]:
         raise NoChain(f"the inputs of layer {links[third].name} are not known well enough")
-    second = weighty[1] + 1
-    return Lowest(target, links[:second], FullWalk(links[:third]).down(belief, target, context, to=second), floor=FLOOR)
+    below = FullWalk(links[:third]).down(belief, target, context, to=second + 1)
+    return Lowest(target, links[: second + 1], below, floor=floor)
 
 
-def _whole(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor], Direct | None, Settings]:
+def _whole(target: Target, label: Tensor) -> _System:
     """The equations of all layers at once. Raises: NoChain, NoFeatures."""
     first, direct = _equations(target, label)
     parts = [first]
@@ -174,7 +188,7 @@ def _whole(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor], D
             parts.append(_equations(other, label)[0])
             direct = None  # that of one step alone is no preconditioner for many
     settings = SETTINGS if direct is None else WRITTEN_OUT
-    return lambda x: torch.cat([part(x) for part in parts]), direct, settings
+    return _System(rows=lambda x: torch.cat([part(x) for part in parts]), direct=direct, settings=settings)
 
 
 def _features(target: Target, label: Tensor) -> tuple[list[Link], nn.Linear, CoarseFeatures]:

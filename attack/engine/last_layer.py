@@ -130,13 +130,16 @@ class _Fit:
         self.count = max(1, int(self._w.count_nonzero() + self.w_bias.count_nonzero()))
 
     def start(self, label: Tensor) -> Tensor:
-        """Features that fit the errors as seen, and then those that these features make."""
+        """Features that fit the errors as seen, or those that such features make, where these fit better: the more
+        exact an error was seen, the less is it worth to compute it."""
         error = torch.where(self.w_bias > 0, self.d_bias, 0.0)
+        found = []
         for _ in range(ROUNDS):
             seen = (self._w * error.square()[:, None]).sum(0) + 1 / self._variance
             features = ((self._w * error[:, None] * self._d_weight).sum(0) + self._mean / self._variance) / seen
             error = self._error(features, label)[0]
-        return features
+            found.append((self.value(features, label), features))
+        return min(found, key=lambda pair: pair[0])[1]
 
     def misfit(self, features: Tensor, label: Tensor) -> float:
         """Sum of squared standard deviations from what was seen."""

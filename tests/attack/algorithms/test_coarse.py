@@ -92,6 +92,15 @@ def test_where_next_to_nothing_is_known_it_is_doubted(index):
         assert found.status is Status.FILLED and error(found.inputs, inputs) < found.predicted_mse
 
 
+@pytest.mark.parametrize(("spec", "index"), [("fp16", 0), ("bf16", 3)])
+def test_short_floats_are_read_without_a_prior(spec, index):
+    seen, inputs, labels = observed(index)
+    found = reconstruct(defended(spec, seen), KNOWLEDGE, deadline_s=60)
+    assert found.status is Status.CONVERGED and found.method == "coarse", found.reason
+    assert found.labels is not None and found.labels.equal(labels)
+    assert error(found.inputs, inputs) < min(found.predicted_mse, 1e-4)
+
+
 def test_who_ignores_the_code_gets_nothing():
     seen, _, _ = observed(1)
     literally = defended("prune:0.5", seen).taken_literally()

@@ -141,11 +141,11 @@ def _systems(target: Target, label: Tensor, context: Context) -> Iterator[_Syste
         for other in target.again:
             with contextlib.suppress(NoChain, NoFeatures):
                 parts.append(_lowest(other, label, context, floor))
-        yield _together(parts)
+        yield _together(parts, factor_in=torch.float32 if floor else torch.float64)
     yield _whole(target, label)
 
 
-def _together(parts: list[Lowest]) -> _System:
+def _together(parts: list[Lowest], *, factor_in: torch.dtype) -> _System:
     """Of all steps."""
 
     def gram(x: Tensor) -> Tensor:
@@ -155,7 +155,9 @@ def _together(parts: list[Lowest]) -> _System:
         return found
 
     return _System(
-        rows=lambda x: torch.cat([part.rows(x) for part in parts]), direct=Anchored(gram), settings=NEARLY_LINEAR
+        rows=lambda x: torch.cat([part.rows(x) for part in parts]),
+        direct=Anchored(gram, factor_in=factor_in),
+        settings=NEARLY_LINEAR,
     )
 
 

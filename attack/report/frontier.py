@@ -27,6 +27,8 @@ NAMES = 6
 """Defenses in a line of a plot's key."""
 NEAR = 0.04
 """Of a plot's width and height, within which points share a label."""
+LEAST_SPAN = 5.0
+"""Percentage points of accuracy that a plot shows, so that next to equal ones do not look far apart."""
 SHOWN = 6
 """Pictures of one defense and stage on the page."""
 COLORS = {Attacker.NAIVE: "#b9770e", Attacker.ADAPTIVE: "#0b6e8c"}
@@ -63,7 +65,7 @@ def write_frontier(
     Returns: the page's path.
     """
     plots: dict[str, bytes] = {}
-    if any(row["accuracy"] is not None for row in rows):
+    if _plotted(rows):
         plots["leak-accuracy.svg"] = _plot(rows, "accuracy", "accuracy after training, %", 100.0)
         title = "bytes sent, % of a plain gradient's"
         plots["leak-bytes.svg"] = _plot(rows, "bytes_share", title, 100.0, logarithmic=True)
@@ -110,13 +112,21 @@ def _percent(share: float | None, digits: int = 0) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
+def _plotted(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The stages of which there is something to draw: a training, and pictures that were attacked."""
+    trained = [row for row in rows if row["accuracy"] is not None]
+    leaks = {stage: key(stage, Attacker.ADAPTIVE, below(LEAKED)) for stage in STAGES}
+    return [stage for stage, column in leaks.items() if any(row[column] is not None for row in trained)]
+
+
 def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float, *, logarithmic: bool = False) -> bytes:
-    """An SVG of two panels, a stage each: the share of pictures read back over `what`, both attackers of a defense
-    joined by a line."""
+    """An SVG of a panel for each stage: the share of pictures read back over `what`, both attackers of a defense joined
+    by a line."""
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "svg.hashsalt": "gradtap"}):
         figure = Figure(figsize=(10.5, 4.9), layout="constrained")
-        panels = figure.subplots(1, len(STAGES), sharey=True)
-        for stage, axes in zip(STAGES, panels, strict=True):
+        stages = _plotted(rows)
+        panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+        for stage, axes in zip(stages, panels, strict=True):
             _panel(axes, rows, stage, what, unit)
             axes.set_title(STAGE_NAMES[stage])
             axes.set_xlabel(title)
@@ -125,6 +135,10 @@ def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float,
                 axes.set_xticks([2, 5, 10, 20, 50, 100])
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
+            else:
+                left, right = axes.get_xlim()
+                lack = max(0.0, LEAST_SPAN - (right - left)) / 2
+                axes.set_xlim(left - lack, right + lack)
             _label(axes, rows, stage, what, unit)
         panels[0].set_ylabel(f"pictures with mean squared error below {LEAKED:g}, %")
         names = [f"{place} {row['defense']}" for place, row in enumerate(rows, 1)]

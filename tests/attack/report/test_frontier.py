@@ -24,7 +24,7 @@ def test_the_page_shows_what_came_back_and_what_did_not(tmp_path: Path) -> None:
         training(0.9, seed=0),
         {"defense": EVIL, "stage": "training", "seed": 0, "failed": EVIL},
     ]
-    made = {"cells": 3, "cells_wanted": 6, "question": {"model": EVIL}, "versions": {"torch": "2"}}
+    made = {"cells": 3, "cells_wanted": 6, "cpu_seconds": 90.0, "question": {"model": EVIL}, "versions": {"torch": "2"}}
     page = write_frontier(summarize(cells), cells, made, tmp_path)
     text = page.read_text()
     assert text.count("no answer") == 1 and text.count('alt="What the adaptive') == 1 and "30.0 dB" in text

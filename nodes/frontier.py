@@ -24,7 +24,7 @@ import torch
 
 from attack.files import write_atomically
 from attack.frontier.leak import Plan, measure
-from attack.frontier.summary import STAGES
+from attack.frontier.summary import STAGES, TEXT
 from attack.observation import Knowledge
 from harness.accuracy import accuracy
 from harness.config import TrainConfig, versions
@@ -37,12 +37,24 @@ from nodes.commands.lab import Lab
 from nodes.lab import CAPTURE_NAME
 
 TRAINING, LOSS = "training", "cross_entropy"
-ALL_STAGES = (TRAINING, *STAGES)
+ALL_STAGES = (TRAINING, *STAGES, TEXT)
 """In the order in which they need each other."""
+PICTURES = (TRAINING, *STAGES)
+"""Those about pictures."""
 STILL = "sgd:lr=1e-6"
 """The update rule of jobs that are attacked: the weights are to stay what they are."""
 SETTLING = 0.1
 """Share of a training's steps, the first, that its times leave out."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Prose:
+    """Jobs of text that are attacked, one sentence a rank and step."""
+
+    model: str
+    loss: str
+    data: str
+    tokenizer: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +79,8 @@ class Sweep:
     plan: Plan
     repeats: int = 1
     """Steps at which each picture that is attacked comes again, one after the other."""
+    text: Prose | None = None
+    """Sentences to attack, where they are asked for."""
     overwrite: bool = False
     """Whether cells of another question count as not there."""
 
@@ -79,9 +93,10 @@ class Sweep:
 
 
 _NO_MATTER: dict[str | None, set[str]] = {
-    TRAINING: {"pictures", "images", "repeats"},
-    "initial": {"data", "batch_size", "train_steps", "optimizer"},
-    "trained": {"pictures"},
+    TRAINING: {"pictures", "images", "repeats", "text"},
+    "initial": {"data", "batch_size", "train_steps", "optimizer", "text"},
+    "trained": {"pictures", "text"},
+    TEXT: {"model", "data", "pictures", "batch_size", "train_steps", "optimizer", "repeats"},
 }
 """What a stage does not ask for: its cells are kept where nothing but that is changed."""
 
@@ -93,7 +108,7 @@ class Cell:
     defense: str
     """A chain; empty for none."""
     stage: str
-    """`training`, `initial` or `trained`."""
+    """Of `ALL_STAGES`."""
     seed: int
     """Counted from 0; the sweep's own is mixed in."""
 
@@ -103,7 +118,7 @@ class Cell:
         return f"{slug(self.defense)}.{self.stage}.seed{self.seed}"
 
 
-def units(defenses: tuple[str, ...], seeds: int, stages: tuple[str, ...] = ALL_STAGES) -> list[tuple[Cell, ...]]:
+def units(defenses: tuple[str, ...], seeds: int, stages: tuple[str, ...] = PICTURES) -> list[tuple[Cell, ...]]:
     """All cells, in units that one process does in order; seed by seed, so that early on there is something of all."""
     return [
         tuple(Cell(defense=defense, stage=stage, seed=seed) for stage in ALL_STAGES if stage in stages)
@@ -147,7 +162,8 @@ def work(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     Raises: GradtapError, TapError, OSError: not the job, but the measurement failed.
     """
     run, began = sweep.out / "runs" / cell.name, _cpu_seconds()
-    done: dict[str, Any] = _train(sweep, cell, run) if cell.stage == TRAINING else _attack(sweep, cell, run)
+    do = {TRAINING: _train, TEXT: _read}.get(cell.stage, _attack)
+    done: dict[str, Any] = do(sweep, cell, run)
     spent = {"cpu_seconds": _cpu_seconds() - began + done.get("cpu_seconds", 0.0)}
     told = {"question": sweep.question(cell.stage), **dataclasses.asdict(cell), **done, **spent}
     write_atomically(_path(sweep, cell), json.dumps(told, allow_nan=False), durable=True)
@@ -258,6 +274,42 @@ def _attack(sweep: Sweep, cell: Cell, run: Path) -> dict[str, Any]:
         "victims": [victim for each in measured for victim in each["victims"]],
         "pictures": [picture for each in measured for picture in each["pictures"]][: sweep.plan.pictures],
     }
+
+
+def _read(sweep: Sweep, cell: Cell, run: Path) -> dict[str, Any]:
+    """Single sentences, attacked."""
+    assert sweep.text is not None
+    text, data = sweep.text, load_data(sweep.text.data)
+    model = resolve_model(text.model, data, text.loss)
+    train = TrainConfig(
+        model=model,
+        loss=text.loss,
+        data=text.data,
+        batch_size=1,
+        steps=-(-sweep.images // sweep.num_workers),
+        optimizer=STILL,
+        defense=cell.defense,
+        exchange=sweep.exchange,
+        seed=_seed(sweep, cell),
+        tensorboard=False,
+    )
+    recorded = Lab(out=run, overwrite=True, num_workers=sweep.num_workers, quiet=True, train=train).run()
+    if not recorded.ok:
+        return {"failed": recorded.text.splitlines()[0]}
+    with torch.random.fork_rng(devices=[]):
+        shape: Any = load_model(model)
+    knowledge = Knowledge(
+        model=model,
+        loss=text.loss,
+        input_shape=tuple(shape.input_shape),
+        tokens=shape.tokens,
+        tokenizer=text.tokenizer,
+        batch_size=1,
+        optimizer=STILL,
+        optimizer_source="declared",
+    )
+    capture, truth = run / CAPTURE_NAME, run / "truth"
+    return measure(capture, truth, knowledge, optimizer=STILL, defense=cell.defense, plan=sweep.plan)
 
 
 def _part(data: str, part: str) -> str:

@@ -29,12 +29,14 @@ from attack.reconstruct import best_match, reconstruct
 from attack.recurrence import join_steps
 from attack.report.pictures import still
 from attack.shades import Shades
+from attack.text_metrics import score_text
 from attack.truth import read_truth
+from harness.models import Tokenizer, load_tokenizer
 
 CLOCK = time.process_time
 """That of deadlines: what an attack finds is to depend on no other work of the machine."""
-NAIVE = "idlg"
-"""The published attack that the naive one makes."""
+NAIVE, NAIVE_TEXT = "idlg", "lamp"
+"""The published attacks that the naive one makes, on pictures and on text."""
 
 
 class Attacker(enum.StrEnum):
@@ -94,7 +96,7 @@ def measure(
         one_batch: each rank has one batch at all steps, which is declared, too: it counts once.
 
     Returns: plain values: `known_fraction`; `cpu_seconds`, of all attacks; `victims[]`, an entry for each victim and
-        attacker; `pictures[]`, data URIs.
+        attacker; `pictures[]`, data URIs, or, of text, the sentences.
 
     Raises: TapError, AnswerError: the recording or the truth cannot be read. WorkerDied.
     """
@@ -116,18 +118,23 @@ def measure(
     else:
         for index, task in enumerate(tasks):
             ended(index, attack(task, lambda progress: None))
+    reader = None if knowledge.tokenizer is None else load_tokenizer(knowledge.tokenizer)
     shades = Shades.of(knowledge.summary())
+
+    def draw(example: Tensor) -> str | None:
+        return still(example, shades) if reader is None else reader.decode(example.tolist())
+
     victims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     for step, rank in [(step, rank) for step, rank in sealed(truth) if step == 0 or not one_batch]:
-        true_inputs, true_labels = read_truth(truth, rank=rank, step=step)
-        shown: dict[str, Any] = {"step": step, "rank": rank, "original": still(true_inputs[0], shades)}
+        true_inputs, true_labels = read_truth(truth, rank=rank, step=step, tokens=knowledge.tokens)
+        shown: dict[str, Any] = {"step": step, "rank": rank, "original": draw(true_inputs[0])}
         for attacker in Attacker:
             # Without a defense there is nothing to adapt to, or to ignore.
             answer = found.get((step, rank, attacker if defense else Attacker.ADAPTIVE), _Found())
-            entry = _scored(answer, true_inputs, true_labels, knowledge.input_range)
+            entry = _scored(answer, true_inputs, true_labels, knowledge, reader)
             victims.append({"step": step, "rank": rank, "attacker": attacker.value, **entry})
-            shown[attacker] = None if answer.inputs is None else still(answer.inputs[0], shades)
+            shown[attacker] = None if answer.inputs is None else draw(answer.inputs[0])
             shown[f"{attacker}_psnr_db"] = entry["psnr_db"]
         pictures.append(shown)
     known = sum(one.known_fraction for one in seen) / len(seen) if seen else 0.0
@@ -153,10 +160,12 @@ def _attack(knowledge: Knowledge, defense: str, plan: Plan, task: _Task, tell: T
     began = time.process_time()
     if attacker is Attacker.NAIVE:
         literal, alone = _mean(observation).taken_literally(), dataclasses.replace(knowledge, batch_size=1)
-        shown = best_match(literal, alone, method=NAIVE, seed=plan.seed, deadline_s=plan.naive_s, clock=CLOCK)
+        method = NAIVE if knowledge.tokens is None else NAIVE_TEXT
+        shown = best_match(literal, alone, method=method, seed=plan.seed, deadline_s=plan.naive_s, clock=CLOCK)
+        kind = torch.float32 if knowledge.tokens is None else torch.int64
         return _Found(
-            method=NAIVE,
-            inputs=None if shown.inputs is None else shown.inputs.detach().float(),
+            method=method,
+            inputs=None if shown.inputs is None else shown.inputs.detach().to(kind),
             labels=shown.labels,
             cpu_seconds=time.process_time() - began,
             reason=shown.reason,
@@ -187,12 +196,20 @@ def _mean(observation: Observation) -> Observation:
 
 
 def _scored(
-    answer: _Found, true_inputs: Tensor, true_labels: Tensor, input_range: tuple[float, float]
+    answer: _Found, true_inputs: Tensor, true_labels: Tensor, knowledge: Knowledge, reader: Tokenizer | None
 ) -> dict[str, Any]:
     entry = {name: getattr(answer, name) for name in ("status", "method", "predicted_mse", "cpu_seconds", "reason")}
     scores: dict[str, Any] = {"mse": None, "psnr_db": None, "ssim": None, "label_ok": False}
-    if answer.inputs is not None and answer.inputs.shape == true_inputs.shape and answer.inputs.isfinite().all():
+    if knowledge.tokens is not None:
+        scores = {"token_accuracy": 0.0, "exact": 0, "rougeL": 0.0, "label_ok": False}
+        if answer.inputs is not None:
+            assert answer.labels is not None
+            own, true = (answer.inputs, answer.labels), (true_inputs, true_labels)
+            text = score_text(*own, *true, tokens=knowledge.tokens, reader=reader)
+            scores = {name: getattr(text, name) for name in scores}
+        scores["psnr_db"] = None
+    elif answer.inputs is not None and answer.inputs.shape == true_inputs.shape and answer.inputs.isfinite().all():
         assert answer.labels is not None
-        whole = score(answer.inputs, answer.labels, true_inputs, true_labels, input_range=input_range)
+        whole = score(answer.inputs, answer.labels, true_inputs, true_labels, input_range=knowledge.input_range)
         scores = {name: getattr(whole, name) for name in scores}
     return entry | scores

@@ -18,8 +18,8 @@ THRESHOLDS = (1e-2, 1e-3, 1e-4)
 """Mean squared errors, pictures from 0 to 1, below which one counts: recognizable, clear, hard to tell from it."""
 LEAKED = 1e-3
 """The threshold that plots and tables for people go by."""
-STAGES = ("initial", "trained")
-"""Fresh weights; those that training under the defense itself ended with."""
+STAGES, TEXT = ("initial", "trained"), "text"
+"""Pictures, at fresh weights, and at those that training under the defense itself ended with; sentences."""
 CONFIDENCE = 0.95
 
 
@@ -69,7 +69,23 @@ def _row(defense: str, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         victims = [victim for cell in good if cell["stage"] == stage for victim in cell["victims"]]
         for attacker in Attacker:
             row |= _leak(stage, attacker, [victim for victim in victims if victim["attacker"] == attacker])
+    victims = [victim for cell in good if cell["stage"] == TEXT for victim in cell["victims"]]
+    for attacker in Attacker:
+        row |= _read(attacker, [victim for victim in victims if victim["attacker"] == attacker])
     return row
+
+
+def _read(attacker: str, victims: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of sentences: one that an attacker did not give counts as none of its tokens read."""
+    total, exact = len(victims), sum(victim["exact"] for victim in victims)
+    low, high = wilson(exact, total) if total else (None, None)
+    found: dict[str, Any] = {"sentences": total, "exact": exact / total if total else None}
+    found |= {"exact_low": low, "exact_high": high}
+    for name in ("token_accuracy", "rougeL"):
+        values = [victim[name] for victim in victims if victim[name] is not None]
+        found[name] = statistics.fmean(values) if values else None
+    found["median_cpu_s"] = statistics.median(victim["cpu_seconds"] for victim in victims) if victims else None
+    return {key(TEXT, attacker, name): value for name, value in found.items()}
 
 
 def _leak(stage: str, attacker: str, victims: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from attack.files import write_atomically
 from attack.frontier.leak import Attacker
-from attack.frontier.summary import LEAKED, STAGES, below, key
+from attack.frontier.summary import LEAKED, STAGES, TEXT, below, key
 from attack.report.page import number
 
 PAGE = "index.html"
@@ -50,6 +50,8 @@ class Section:
 
     row: Mapping[str, Any]
     galleries: tuple[Gallery, ...]
+    sentences: tuple[Mapping[str, Any], ...]
+    """Texts, as a cell has them."""
 
 
 def write_frontier(
@@ -84,6 +86,8 @@ def write_frontier(
         plots=["data:image/svg+xml;base64," + base64.b64encode(drawn).decode() for drawn in plots.values()],
         made=made,
         stages=STAGES,
+        text=TEXT,
+        read=any(row[key(TEXT, Attacker.ADAPTIVE, "sentences")] for row in rows),
         stage_names=STAGE_NAMES,
         attackers=[attacker.value for attacker in Attacker],
         key=key,
@@ -95,17 +99,13 @@ def write_frontier(
 
 
 def _section(row: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> Section:
-    galleries = []
-    for stage in STAGES:
-        pictures = [
-            picture
-            for cell in cells
-            if (cell["defense"] or "none") == row["defense"] and cell["stage"] == stage and "failed" not in cell
-            for picture in cell["pictures"]
-        ]
-        if pictures:
-            galleries.append(Gallery(stage=stage, pictures=tuple(pictures[:SHOWN])))
-    return Section(row=row, galleries=tuple(galleries))
+    def shown(stage: str) -> tuple[Mapping[str, Any], ...]:
+        of_stage = (cell for cell in cells if (cell["defense"] or "none") == row["defense"] and cell["stage"] == stage)
+        pictures = [picture for cell in of_stage if "failed" not in cell for picture in cell["pictures"]]
+        return tuple(pictures[:SHOWN])
+
+    galleries = tuple(Gallery(stage=stage, pictures=shown(stage)) for stage in STAGES if shown(stage))
+    return Section(row=row, galleries=galleries, sentences=shown(TEXT))
 
 
 def _percent(share: float | None, digits: int = 0) -> str:

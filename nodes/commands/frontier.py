@@ -18,16 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from attack.files import write_atomically
 from attack.frontier.leak import Plan
-from attack.frontier.summary import LEAKED, STAGES, below, key, summarize
+from attack.frontier.summary import LEAKED, STAGES, TEXT, below, key, summarize
 from attack.report.frontier import write_frontier
 from attack.victims import Share
 from harness.config import versions
+from harness.data import load_data
+from harness.data.text import TextSet
 from harness.defenses import load_defense
 from harness.errors import ConfigError, GradtapError
 from nodes.commands.attack import share_of_victims
 from nodes.commands.base import Command, Result
 from nodes.console import console, table
-from nodes.frontier import ALL_STAGES, TRAINING, Cell, Sweep, read_cell, units, work
+from nodes.frontier import ALL_STAGES, PICTURES, TRAINING, Cell, Prose, Sweep, read_cell, units, work
 from nodes.signals import sigterm_interrupts
 
 DEFENSES = (
@@ -35,6 +37,8 @@ DEFENSES = (
     "noise-gaussian:1e-3", "noise-gaussian:1e-2", "noise-gaussian:1e-1",
 )  # fmt: skip
 """All of them train the default model at the default rate, DGC as its paper has it with the gradient clipped."""
+READ = ("exact", "token_accuracy", "rougeL")
+"""What is told of sentences."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_")
 """How the names begin by which torchrun tells a rank its place: a job that this rank starts is not to know it."""
 Tell = Callable[[Cell, dict[str, Any], bool], None]
@@ -58,19 +62,25 @@ class Frontier(Command):
     """Folder for frontier.csv, frontier.json, plots and index.html; cells/ has what is done."""
     defenses: tuple[str, ...] = DEFENSES
     """Chains to compare (docs/defenses.md); none for no defense."""
-    stages: tuple[str, ...] = ALL_STAGES
+    stages: tuple[str, ...] = PICTURES
     """What to measure: training (accuracy, bytes, time), initial (pictures at initialization), trained (pictures after
-    that training)."""
+    that training), text (single sentences)."""
     model: str = "lenet"
     """What the jobs train."""
     data: str = "mnist"
     """Data set to train on, and to test on with what is held out of it; after training, its pictures are attacked."""
     pictures: str = "cifar100"
     """Data set whose pictures are attacked at initialization."""
+    text_model: str = "bert:init=minilm"
+    """What the jobs of the stage text train."""
+    text_loss: str = "masked_lm"
+    """Their loss: masked_lm, causal_lm (for gpt2) or cross_entropy."""
+    text_data: str = "prose:length=30"
+    """Their sentences."""
     seeds: int = 3
     """Jobs of each kind, with weights and pictures of their own."""
     images: int = 2
-    """Pictures attacked for each defense and seed, at initialization and after training."""
+    """Pictures, or sentences, attacked for each defense and seed and in each stage."""
     repeats: int = 1
     """Steps at which each attacked picture comes, with weights that stay; beyond 1, both attackers read its steps
     together: the naive one their mean."""
@@ -155,8 +165,15 @@ class Frontier(Command):
                 naive_s=self.naive_deadline_s,
                 processes=self.processes or max(1, cores // share.local_size),
             ),
+            text=self._prose() if TEXT in self.stages else None,
             overwrite=self.overwrite,
         )
+
+    def _prose(self) -> Prose:
+        """Raises: ConfigError."""
+        if not isinstance(load_data(self.text_data), TextSet):
+            raise ConfigError(f"frontier: --text-data: wanted sentences, got {self.text_data}")
+        return Prose(model=self.text_model, loss=self.text_loss, data=self.text_data, tokenizer="minilm")
 
     def _late(self, began: float) -> bool:
         return self.time_limit_s is not None and time.monotonic() - began >= self.time_limit_s
@@ -231,6 +248,13 @@ def _text(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     lines = [table(columns, body, title=f"Pictures read back: mean squared error below {LEAKED:g} (median PSNR, dB)")]
+    if any(row[key(TEXT, "adaptive", "sentences")] for row in rows):
+        columns = ["defense", *(f"{attacker}: {what}" for attacker in ("naive", "adaptive") for what in READ)]
+        read = [
+            [row["defense"], *(_read(row, attacker, what) for attacker in ("naive", "adaptive") for what in READ)]
+            for row in rows
+        ]
+        lines.append(table(columns, read, title="Sentences read back"))
     lines += [f"{row['defense']}: {row['failed']}" for row in rows if row["failed"]]
     return "\n".join(lines)
 
@@ -243,6 +267,13 @@ def _leak(row: dict[str, Any], stage: str, attacker: str) -> str | None:
     pictures, share = row[key(stage, attacker, "pictures")], row[key(stage, attacker, below(LEAKED))]
     psnr = row[key(stage, attacker, "median_psnr_db")]
     return f"{share * pictures:.0f}/{pictures} ({'-' if psnr is None else f'{psnr:.0f}'})" if pictures else None
+
+
+def _read(row: dict[str, Any], attacker: str, what: str) -> str | None:
+    sentences, found = row[key(TEXT, attacker, "sentences")], row[key(TEXT, attacker, what)]
+    if found is None:
+        return None
+    return f"{found * sentences:.0f}/{sentences}" if what == "exact" else f"{found:.2f}"
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -284,6 +315,9 @@ def _said(found: dict[str, Any]) -> str:
         return str(found["failed"])
     if "accuracy" in found:
         return f"accuracy {100 * found['accuracy']:.1f} %"
+    if found["stage"] == TEXT:
+        exact = sum(victim["attacker"] == "adaptive" and victim["exact"] for victim in found["victims"])
+        return f"{exact} of {len(found['victims']) // 2} sentences read back"
     leaked = sum(
         victim["attacker"] == "adaptive" and victim["mse"] is not None and victim["mse"] < LEAKED
         for victim in found["victims"]

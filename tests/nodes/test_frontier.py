@@ -11,7 +11,7 @@ import pytest
 from attack.frontier.leak import Plan
 from harness.errors import ConfigError
 from nodes.commands.frontier import Frontier
-from nodes.frontier import Cell, Sweep, read_cell, slug, units
+from nodes.frontier import Cell, Prose, Sweep, read_cell, slug, units
 
 
 def sweep(out: Path) -> Sweep:
@@ -55,6 +55,13 @@ def test_a_cell_counts_for_its_own_question_alone(tmp_path):
         read_cell(dataclasses.replace(other, images=9), fresh)
     path.write_bytes(path.read_bytes()[:-9])  # what a full disk leaves
     assert read_cell(asked, cell) is None
+
+
+def test_sentences_are_a_question_of_their_own(tmp_path):
+    asked = sweep(tmp_path)
+    text = dataclasses.replace(asked, text=Prose(model="gpt2", loss="causal_lm", data="prose", tokenizer="minilm"))
+    assert "text" not in asked.question() and text.question()["text"]["loss"] == "causal_lm"
+    assert [cell.stage for cell in units(("int8",), 1, ("text",))[0]] == ["text"]
 
 
 def test_units_cover_all_and_train_before_what_needs_it():

@@ -33,6 +33,18 @@ def test_a_picture_that_was_not_given_is_not_read():
     assert row["trained_naive_pictures"] == 0 and row["trained_naive_below_1e-3"] is None and row["accuracy"] is None
 
 
+def sentence(attacker: str, right: float) -> dict[str, Any]:
+    return {"attacker": attacker, "exact": right == 1, "token_accuracy": right, "rougeL": right, "cpu_seconds": 1.0}
+
+
+def test_a_sentence_that_was_not_given_has_no_token_right():
+    seen = [sentence("adaptive", 1.0), sentence("adaptive", 0.0), sentence("naive", 0.5)]
+    (row,) = summarize([leak("text", *seen[:1]), leak("text", *seen[1:], seed=1)])
+    assert (row["text_adaptive_sentences"], row["text_adaptive_exact"]) == (2, 0.5)
+    assert (row["text_adaptive_token_accuracy"], row["text_naive_rougeL"], row["text_naive_exact"]) == (0.5, 0.5, 0)
+    assert row["initial_adaptive_pictures"] == 0 and row["text_adaptive_exact_low"] < 0.5
+
+
 def test_means_over_seeds_have_an_interval_and_one_seed_has_none():
     (row,) = summarize([training(0.9, seed=0)])
     assert (row["accuracy"], row["accuracy_low"], row["accuracy_high"]) == (0.9, None, None)

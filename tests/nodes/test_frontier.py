@@ -60,7 +60,8 @@ def test_a_cell_counts_for_its_own_question_alone(tmp_path):
 def test_sentences_are_a_question_of_their_own(tmp_path):
     asked = sweep(tmp_path)
     text = dataclasses.replace(asked, text=Prose(model="gpt2", loss="causal_lm", data="prose", tokenizer="minilm"))
-    assert "text" not in asked.question() and text.question()["text"]["loss"] == "causal_lm"
+    assert text.question("trained") == asked.question("trained")
+    assert text.question("text")["text"]["loss"] == "causal_lm" and "model" not in text.question("text")
     assert [cell.stage for cell in units(("int8",), 1, ("text",))[0]] == ["text"]
 
 

@@ -14,6 +14,8 @@ trained, their gradient says first which tokens occur at all (`attack.engine.voc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ from attack.algorithms.base import Answer
 from attack.engine.anatomy import Anatomy, NoTransformer, dissect
 from attack.engine.context import Context
 from attack.engine.labels import NoLabel
-from attack.engine.sentences import Assembler, Candidates
+from attack.engine.sentences import Assembler, Candidates, Pairs
 from attack.engine.span import Span
 from attack.engine.standing import standing
 from attack.engine.target import Target
@@ -45,54 +47,58 @@ def dager(target: Target, context: Context) -> Answer:
     bound = f"{total} different tokens in their places are seen, {contexts.room - 1} could be told apart"
     if inputs.full or contexts.full:
         return _nothing(target, f"the batch has {inputs.room} tokens or more, as many as the model is wide")
-    tokens, places, vectors = _candidates(target, anatomy, inputs, total, context)
-    if not len(tokens) or len(tokens) > MOST:
-        return _nothing(target, f"{bound}; {len(tokens)} tokens at positions are in the span of the first layer")
-    candidates = Candidates.of(anatomy, tokens, places, vectors)
 
     def doubt(sentence: Tensor, made: Tensor) -> float:
         order = torch.arange(len(sentence), device=sentence.device)
         return states.doubt(anatomy.behind(made, sentence, order))
 
-    assembler = Assembler(candidates, contexts, context, doubt)
-    answer = _nothing(target, f"{bound}; no sentence of these was proven")
-    for found in [assembler.causal()] if anatomy.causal else assembler.encoded(total):
-        seen = f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven"
-        answer = _nothing(target, seen)
-        if not found or (not anatomy.causal and sum(map(len, found)) < total):
-            continue
-        sentences = [tokens[torch.tensor(sentence, device=tokens.device)] for sentence in found]
-        try:
-            sentences, labels = solve_labels(target, sentences, context.generator)
-        except NoLabel as error:
-            answer = _nothing(target, f"{seen}, their labels not: {error}")
-            continue
-        rows = padded(sentences, target.tokens.pad)
-        answer = Answer(inputs=rows, labels=labels, batch_size_read=True)
-        if anatomy.causal or target.explained_by(rows, labels):
-            break
+    assembler = Assembler(contexts, context, doubt)
+    answer = _nothing(target, f"{bound}; no sentence was proven")
+    for pairs in _pairs(target, anatomy, inputs, total, context):
+        if not 0 < len(pairs.tokens) <= MOST:
+            return _nothing(
+                target, f"{bound}; {len(pairs.tokens)} tokens at positions are in the span of the first layer"
+            )
+        candidates = Candidates.of(anatomy, pairs)
+        for found in [assembler.causal(candidates)] if anatomy.causal else assembler.encoded(candidates, total):
+            seen = f"{bound}; {len(found)} sentences of {sum(map(len, found))} tokens were proven"
+            answer = _nothing(target, seen)
+            if not found or (not anatomy.causal and sum(map(len, found)) < total):
+                continue
+            sentences = [torch.tensor(sentence, device=target.device) for sentence in found]
+            try:
+                sentences, labels = solve_labels(target, sentences, context.generator)
+            except NoLabel as error:
+                answer = _nothing(target, f"{seen}, their labels not: {error}")
+                continue
+            rows = padded(sentences, target.tokens.pad)
+            answer = Answer(inputs=rows, labels=labels, batch_size_read=True)
+            if anatomy.causal or target.explained_by(rows, labels):
+                return answer
     return answer
 
 
-def _candidates(
-    target: Target, anatomy: Anatomy, inputs: Span, total: int, context: Context
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and positions whose input is in the span, int64, shape (n,), and these inputs."""
+def _pairs(target: Target, anatomy: Anatomy, inputs: Span, total: int, context: Context) -> Iterator[Pairs]:
+    """Those that are seen in the gradient of the embeddings, as far as that tells; then all that are in the span."""
     words = words_of(anatomy, context.generator)
     if words is None:
         assert target.tokens is not None
         words = torch.arange(target.tokens.vocab, device=target.device)
-        fits = torch.ones(len(words), longest(anatomy), dtype=torch.bool, device=target.device)
+        fits, told = torch.ones(len(words), longest(anatomy), dtype=torch.bool, device=target.device), None
     else:
+        fits = linked(anatomy, words, context.generator)
         told = standing(anatomy, words, total, context.generator)
-        fits = linked(anatomy, words, context.generator) if told is None else told
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for place in range(longest(anatomy)):
-        vectors = anatomy.embed(words, torch.full_like(words, place))
-        there = inputs.has(vectors) & fits[:, place]
-        found.append((words[there], torch.full_like(words[there], place), vectors[there]))
-    tokens, places, vectors = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return tokens, places, vectors
+    there = torch.stack(
+        [
+            inputs.has(anatomy.embed(words, torch.full_like(words, place))) & fits[:, place]
+            for place in range(longest(anatomy))
+        ],
+        1,
+    )
+    if told is not None:
+        # A word that is seen nowhere may stand anywhere.
+        yield Pairs.of(words, there & (told | ~told.any(1, keepdim=True)), told)
+    yield Pairs.of(words, there, there if told is None else told)
 
 
 def _nothing(target: Target, reason: str) -> Answer:

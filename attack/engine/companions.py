@@ -51,6 +51,8 @@ class Companions:
             draws: for shares to start from; from equal ones if None.
         """
         used = torch.cat(self._at[:length])
+        if len(used) == length:
+            return used
         adds_up = self._adds_up[:length, used]
         weights = (self._scores[token, used] - self._scores[token, used].amax(0)).exp()
         start = torch.ones(len(used), dtype=torch.float64)
@@ -62,8 +64,7 @@ class Companions:
             effects = weights[..., None] * self._outside[used] / (shares @ weights)[:, None]
             lack = torch.einsum("n,nhr->hr", shares, effects)
             effects = effects.sum(1) - (weights / (shares @ weights)) @ lack
-            # Of one token alone they are zero.
-            size = (effects.norm() / len(used) ** 0.5).clamp(min=torch.finfo(effects.dtype).tiny)
+            size = (effects.norm() / len(used) ** 0.5).clamp(min=torch.finfo(effects.dtype).eps)
             left = torch.cat([effects.T / size, FIRM * adds_up])
             right = torch.cat([(shares @ effects - lack.sum(0)) / size, torch.full_like(adds_up[:, 0], FIRM)])
             solved = torch.as_tensor(nnls(left.cpu().numpy(), right.cpu().numpy())[0], device=used.device)

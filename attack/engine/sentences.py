@@ -33,14 +33,32 @@ SWEEPS = 4
 """Over all candidates: each is asked for its sentence that often."""
 
 Sentence = tuple[int, ...]
+"""Tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Pairs:
+    """Tokens at positions, one below the other."""
+
+    tokens: Tensor
+    """int64, shape (n,)."""
+    places: Tensor
+    """int64, shape (n,), ascending."""
+    sure: Tensor
+    """bool, shape (n,): whether they are known to be there."""
+
+    @classmethod
+    def of(cls, words: Tensor, there: Tensor, sure: Tensor) -> Pairs:
+        """Words, shape (words,), where they are `there`, shape (words, positions)."""
+        places, rows = there.T.nonzero(as_tuple=True)
+        return cls(tokens=words[rows], places=places, sure=sure[rows, places])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
     """Tokens that may stand at positions, and what the first attention sees of each."""
 
-    tokens: Tensor
-    """int64, shape (n,)."""
+    pairs: Pairs
     at: tuple[Tensor, ...]
     """Indices of those at each position."""
     scores: Tensor
@@ -49,20 +67,20 @@ class Candidates:
     """float64, shape (n, heads, width of a head)."""
 
     @classmethod
-    def of(cls, anatomy: Anatomy, tokens: Tensor, places: Tensor, inputs: Tensor) -> Candidates:
-        """
-        Args:
-            tokens, places: int64, shape (n,).
-            inputs: of the first attention, shape (n, width).
-        """
-        query, key, value = anatomy.project(inputs)
-        length = int(places.max()) + 1 if len(places) else 0
+    def of(cls, anatomy: Anatomy, pairs: Pairs) -> Candidates:
+        """What the first attention sees of them."""
+        query, key, value = anatomy.project(anatomy.embed(pairs.tokens, pairs.places))
+        length = int(pairs.places.max()) + 1 if len(pairs.places) else 0
         return cls(
-            tokens=tokens,
-            at=tuple((places == place).nonzero()[:, 0] for place in range(length)),
+            pairs=pairs,
+            at=tuple((pairs.places == place).nonzero()[:, 0] for place in range(length)),
             scores=anatomy.scores(query, key),
             values=value,
         )
+
+    def sentence(self, indices: Tensor) -> Sentence:
+        """Its tokens."""
+        return tuple(self.pairs.tokens[indices].tolist())
 
     def contexts(self, sentence: Tensor, first: int = 0, *, causal: bool) -> Tensor:
         """Of the tokens from `first` on, shape (length - first, width); a sentence is indices, shape (..., length)."""
@@ -77,78 +95,90 @@ class Candidates:
 class Assembler:
     """Finds sentences among candidates."""
 
-    def __init__(
-        self, candidates: Candidates, contexts: Span, context: Context, doubt: Callable[[Tensor, Tensor], float]
-    ) -> None:
+    def __init__(self, contexts: Span, context: Context, doubt: Callable[[Tensor, Tensor], float]) -> None:
         """
         Args:
             doubt: what `Span.doubt` says of the states behind an encoder's sentence, tokens and contexts.
         """
-        self._candidates, self._span, self._context, self._doubt = candidates, contexts, context, doubt
+        self._span, self._context, self._doubt = contexts, context, doubt
+        self._doubts: dict[Sentence, float] = {}
+        """Of an encoder's sentences that are proven."""
 
-    def causal(self) -> list[Sentence]:
+    def causal(self, candidates: Candidates) -> list[Sentence]:
         """Every sentence of which each token's context is in the span, as long as it goes on."""
-        whole: list[Sentence] = []
-        prefixes = torch.empty(1, 0, dtype=torch.int64, device=self._candidates.tokens.device)
-        for at in self._candidates.at:
+        whole: list[Tensor] = []
+        prefixes = torch.empty(1, 0, dtype=torch.int64, device=candidates.values.device)
+        for at in candidates.at:
             if not self._context.seconds_left or not len(at):
                 break
             goes_on = torch.zeros(len(prefixes), dtype=torch.bool, device=at.device)
             longer = []
             for row, prefix in enumerate(prefixes):
                 tried = torch.cat([prefix.expand(len(at), -1), at[:, None]], 1)
-                right = self._span.has(self._candidates.contexts(tried, len(prefix), causal=True)[:, 0])
+                right = self._span.has(candidates.contexts(tried, len(prefix), causal=True)[:, 0])
                 goes_on[row] = right.any()
                 longer.append(tried[right])
-            whole += [tuple(prefix.tolist()) for prefix in prefixes[~goes_on] if len(prefix)]
+            whole += prefixes[~goes_on]
             prefixes = torch.cat(longer)
-        return whole + [tuple(prefix.tolist()) for prefix in prefixes if len(prefix)]
+        return [candidates.sentence(indices) for indices in [*whole, *prefixes] if len(indices)]
 
-    def encoded(self, total: int) -> Iterator[list[Sentence]]:
-        """Each time that one more is proven, until time is up: all proven ones, the least doubtful first, as many as
-        hold `total` tokens; with them one that was proven wrongly, where directions of the span are faint, comes
-        last.
+    def encoded(self, candidates: Candidates, total: int) -> Iterator[list[Sentence]]:
+        """Each time that one more is proven, until time is up: all proven ones, those of earlier candidates too, the
+        least doubtful first, as many as hold `total` tokens; with them one that was proven wrongly, where directions
+        of the span are faint, comes last.
         """
-        at, draws = self._candidates.at, self._context.generator
-        companions = Companions(at, self._candidates.scores, self._candidates.values, self._span)
-        likely, others = self._lengths()
-        doubts: dict[Sentence, float] = {}
+        draws, pairs = self._context.generator, candidates.pairs
+        companions = Companions(candidates.at, candidates.scores, candidates.values, self._span)
+        likely, others = _lengths(candidates)
+        sure = pairs.sure.nonzero()[:, 0]
         for sweep in range(SWEEPS):
-            for token in torch.randperm(len(self._candidates.tokens), generator=draws).tolist():
+            for index in sure[torch.randperm(len(sure), generator=draws).to(sure.device)].tolist():
+                token, place = int(pairs.tokens[index]), int(pairs.places[index])
                 # First those that are in no sentence yet, from equal shares on; then any, from others.
-                if sweep == 0 and any(token in sentence for sentence in doubts):
+                if sweep == 0 and any(sentence[place : place + 1] == (token,) for sentence in self._doubts):
                     continue
                 start = draws if sweep else None
-                best = self._least(companions, token, likely, start) or self._least(companions, token, others, start)
+                least = None
+                for lengths in (likely, others):
+                    asked = [length for length in lengths if length > place]
+                    least = least or self._proven(candidates, companions, index, asked, start)
                 if not self._context.seconds_left:
                     return
-                if best is None or best[1] in doubts:
+                if least is None or least[1] in self._doubts:
                     continue
-                doubts[best[1]] = best[0]
-                ordered = sorted(doubts, key=lambda sentence: doubts[sentence])
+                self._doubts[least[1]] = least[0]
+                ordered = sorted(self._doubts, key=lambda sentence: self._doubts[sentence])
                 reached = accumulate(map(len, ordered), initial=0)
                 yield [sentence for sentence, before in zip(ordered, reached, strict=False) if before < total]
 
-    def _least(
-        self, companions: Companions, token: int, lengths: list[int], start: torch.Generator | None
+    def _proven(
+        self,
+        candidates: Candidates,
+        companions: Companions,
+        index: int,
+        lengths: list[int],
+        start: torch.Generator | None,
     ) -> tuple[float, Sentence] | None:
-        """The least doubtful sentence of a token, and how doubtful it is; None where none is proven."""
-        found = []
+        """The least doubtful sentence of a candidate, and how doubtful it is; None where none is proven."""
+        right = []
         for length in lengths:
-            if self._context.seconds_left and any(token in there for there in self._candidates.at[:length]):
-                sentence = tuple(companions.of(token, length, start).tolist())
-                found.append((self._doubted(sentence), sentence))
-        return min((pair for pair in found if pair[0] < 1), default=None)
+            if self._context.seconds_left:
+                found = companions.of(index, length, start)
+                right.append((self._doubted(candidates, found), candidates.sentence(found)))
+        return min((each for each in right if each[0] < 1), default=None)
 
-    def _doubted(self, sentence: Sentence) -> float:
-        indices = torch.tensor(sentence, device=self._candidates.tokens.device)
-        contexts = self._candidates.contexts(indices, causal=False)
-        return max(self._span.doubt(contexts), self._doubt(self._candidates.tokens[indices], contexts))
+    def _doubted(self, candidates: Candidates, sentence: Tensor) -> float:
+        contexts = candidates.contexts(sentence, causal=False)
+        return max(self._span.doubt(contexts), self._doubt(candidates.pairs.tokens[sentence], contexts))
 
-    def _lengths(self) -> tuple[list[int], list[int]]:
-        """Those that end as the longest may, and others, the longest first."""
-        at, tokens = self._candidates.at, self._candidates.tokens
-        lengths = [length for length in range(len(at), 0, -1) if all(len(each) for each in at[:length])]
-        ends = tokens[at[lengths[0] - 1]] if lengths else tokens[:0]
-        likely = [length for length in lengths if torch.isin(tokens[at[length - 1]], ends).any()]
-        return likely, [length for length in lengths if length not in likely]
+
+def _lengths(candidates: Candidates) -> tuple[list[int], list[int]]:
+    """Those that end as the longest may, and others, the longest first."""
+    at, pairs = candidates.at, candidates.pairs
+    lengths = [length for length in range(len(at), 0, -1) if all(len(each) for each in at[:length])]
+    last = [at[length - 1][pairs.sure[at[length - 1]]] for length in lengths]
+    ends = pairs.tokens[last[0]] if lengths else pairs.tokens[:0]
+    likely = [
+        length for length, there in zip(lengths, last, strict=True) if torch.isin(pairs.tokens[there], ends).any()
+    ]
+    return likely, [length for length in lengths if length not in likely]

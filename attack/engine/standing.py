@@ -31,8 +31,9 @@ SPARE = 8
 
 
 def standing(anatomy: Anatomy, words: Tensor, total: int, generator: torch.Generator) -> Tensor | None:
-    """bool, shape (words, positions): whether a word stands at a position; None where there are too few equations, or
-    the model is none whose embeddings are normalized first.
+    """bool, shape (words, positions): whether a word is seen to stand at a position; None where there are too few
+    equations, or the model is none whose embeddings are normalized first. One of hundreds is missed, as its part
+    is nothing by chance.
 
     Args:
         words: all tokens that occur, as `words_of` gives them.
@@ -69,9 +70,7 @@ def standing(anatomy: Anatomy, words: Tensor, total: int, generator: torch.Gener
     inverse = torch.linalg.inv(r)
     shares = torch.einsum("wij,wj->wi", inverse, parts)
     deviations = errors[:, None] * torch.linalg.vector_norm(inverse, dim=2)
-    stands = shares[:, 1:].abs() > STANDS * deviations[:, 1:]
-    # That of a token may be nothing by chance.
-    return stands | ~stands.any(1, keepdim=True)
+    return shares[:, 1:].abs() > STANDS * deviations[:, 1:]
 
 
 def _centered(rows: Tensor) -> Tensor:

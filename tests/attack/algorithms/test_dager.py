@@ -3,11 +3,15 @@ be done."""
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from attack.algorithms import Reconstruction, Status
+from attack.engine.anatomy import Anatomy
+from attack.engine.standing import standing
 from attack.observation import Knowledge, Observation
 from attack.reconstruct import reconstruct
 from harness.gradients import mean_gradient
@@ -87,6 +91,28 @@ def test_every_token_comes_back(spec: str, loss: str, lengths: list[int], seed: 
     assert found.inputs is not None and found.labels is not None and found.inputs.dtype == torch.int64
     assert rows(found.inputs, found.labels) == rows(batch.inputs, batch.labels)
     assert not found.batch_size_assumed
+
+
+def test_a_place_that_the_embeddings_do_not_show_is_found_in_the_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of([9, 12, 7, 10], "masked_lm", seed=0)
+    missed = []
+
+    def all_but_one(anatomy: Anatomy, words: Tensor, total: int, generator: torch.Generator) -> Tensor:
+        told = standing(anatomy, words, total, generator)
+        assert told is not None
+        for word, places in zip(words.tolist(), told, strict=True):
+            true = (batch.inputs == word).any(0)
+            assert (places[: len(true)] == true).all()
+        word = int((words == MASK).nonzero()[0, 0])
+        missed.append(int(told[word].nonzero()[-1, 0]))
+        told[word, missed[-1]] = False
+        return told
+
+    monkeypatch.setattr(importlib.import_module("attack.algorithms.dager"), "standing", all_but_one)
+    found = attacked("bert", "masked_lm", batch, seed=0)
+    assert missed and found.status is Status.CONVERGED, found.reason
+    assert found.inputs is not None and found.labels is not None
+    assert rows(found.inputs, found.labels) == rows(batch.inputs, batch.labels)
 
 
 def test_a_batch_as_long_as_the_model_is_wide_is_named_so() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,27 @@ def test_each_rank_takes_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert share.plan(Plan()).device == "cuda:1"
     assert share.plan(Plan(device="cpu")).device == "cpu"
+
+
+def test_victims_are_let_go_of_when_they_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attack.victims.AHEAD_BYTES", 1)
+    seen, inputs = victims_of_every_fate(tmp_path)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    heard: list[VictimProgress] = []
+
+    def observations() -> Iterator[Observation]:
+        for step in range(12):
+            one = dataclasses.replace(seen[0], step=step, gradient=seen[0].gradient.clone())
+            alive.append(weakref.ref(one.gradient))
+            assert sum(ref() is not None for ref in alive) <= 4
+            yield one
+
+    plan = Plan(processes=1)
+    answer = attack_all(
+        observations(), told("convolution", inputs), tmp_path / "attack", plan=plan, listener=heard.append
+    )
+    assert answer is not None and len(answer["victims"]) == 12
+    assert heard[0].total is None and (heard[-1].done, heard[-1].total) == (12, 12)
 
 
 def test_no_victims_is_an_answer_too(tmp_path: Path) -> None:

@@ -205,8 +205,7 @@ class _Layer:
         rows = right.new_zeros(len(right), *self._targets.shape)
         rows[0] = self._targets
         rows[1 : 1 + draws] = self._normal(context, draws, *self._targets.shape)
-        start = torch.zeros_like(right)
-        start[0] = self._mean
+        start = torch.full_like(right[:1], self._mean)
         solved = self._conjugate_gradients(right, rows, start, precondition, ITERATIONS, context, watch)
         mean, samples, answers = solved[0], solved[1 : 1 + draws], solved[1 + draws :]
         if (right[1 + draws :] * answers).mean() > OPEN * samples.square().mean():
@@ -234,18 +233,21 @@ class _Layer:
         self,
         right: Tensor,
         rows: Tensor,
-        x: Tensor,
+        start: Tensor,
         precondition: Solve,
         iterations: int,
         context: Context,
         watch: Watch,
     ) -> Tensor:
-        """Solves for each of several right sides, `right` + E'`rows`, from `x`.
+        """Solves for each of several right sides, `right` + E'`rows`: the first few from `start`, the rest from zero.
 
         Residuals of the rows are kept apart from the others: joined, the strong rows would drown in rounding what the
         others say.
         """
-        r, s = right - self._others(x), rows - self._seen(x)
+        x, r, s, told = torch.zeros_like(right), right.clone(), rows.clone(), slice(len(start))
+        x[told] = start
+        r[told] -= self._others(start)
+        s[told] -= self._seen(start)
         p, q, before = torch.zeros_like(r), torch.zeros_like(s), torch.zeros_like(x[:, :1])
         goal = torch.full_like(before, SOLVED * right.shape[1])
         watch(0, x[0])

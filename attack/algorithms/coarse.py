@@ -7,6 +7,9 @@ element of the gradient, as far as it is known. An element that was not sent cou
 the defense implies one, and not at all elsewhere. What all that leaves open, a prior on pictures fills. Of a batch that
 came at several steps, all say the same of the pixels: noise, drawn anew for each, averages out.
 
+Where the features are known well, as of pruned gradients and short floats, the layers above the two lowest are walked
+back first (`attack.engine.walk`), and what is left is nearly linear in the pixels (`attack.engine.lowest`).
+
 Differs from published attacks on such gradients, which match what was sent as if it were the gradient, or by its
 direction alone.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attack.engine.span import Span
 
-STEPS = 12
+STEPS = 8
 """Newton's, at most."""
 SETTLED = 1e-3
 """Largest change of a share that ends them."""

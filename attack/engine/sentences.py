@@ -29,8 +29,9 @@ from attack.engine.companions import Companions
 from attack.engine.context import Context
 from attack.engine.span import Span
 
-SWEEPS = 4
-"""Over all candidates: each is asked for its sentence that often."""
+SWEEPS = 2
+"""Over the candidates that are in no sentence yet, or over all if there is none such: each is asked for its sentence
+that often."""
 
 Sentence = tuple[int, ...]
 """Tokens."""
@@ -132,15 +133,17 @@ class Assembler:
         likely, others = _lengths(candidates)
         sure = pairs.sure.nonzero()[:, 0]
         for sweep in range(SWEEPS):
-            for index in sure[torch.randperm(len(sure), generator=draws).to(sure.device)].tolist():
-                token, place = int(pairs.tokens[index]), int(pairs.places[index])
-                # First those that are in no sentence yet, from equal shares on; then any, from others.
-                if sweep == 0 and any(sentence[place : place + 1] == (token,) for sentence in self._doubts):
+            order = sure[torch.randperm(len(sure), generator=draws).to(sure.device)].tolist()
+            open_ = [index for index in order if not self._placed(pairs, index)]
+            for index in open_ or order:
+                if open_ and self._placed(pairs, index):
                     continue
-                start = draws if sweep else None
+                left = total - sum(map(len, self._doubts))
                 least = None
-                for lengths in (likely, others):
-                    asked = [length for length in lengths if length > place]
+                # One sentence that is left is as long as what is left. At last from other shares than equal ones.
+                for lengths in ([left] if left in likely else [], likely, others if sweep else []):
+                    asked = [each for each in lengths if pairs.places[index] < each <= (total if sweep else left)]
+                    start = draws if sweep else None
                     least = least or self._proven(candidates, companions, index, asked, start)
                 if not self._context.seconds_left:
                     return
@@ -150,6 +153,11 @@ class Assembler:
                 ordered = sorted(self._doubts, key=lambda sentence: self._doubts[sentence])
                 reached = accumulate(map(len, ordered), initial=0)
                 yield [sentence for sentence, before in zip(ordered, reached, strict=False) if before < total]
+
+    def _placed(self, pairs: Pairs, index: int) -> bool:
+        """Whether a token is in a sentence that was proven."""
+        token, place = int(pairs.tokens[index]), int(pairs.places[index])
+        return any(sentence[place : place + 1] == (token,) for sentence in self._doubts)
 
     def _proven(
         self,

@@ -33,8 +33,6 @@ FOLLOWS = 30.0
 """Movement of the gradient, relative to its size in units of the weights': LeNet's is 3 to 10."""
 ROUNDING = 2.0**-21
 """Error of the sender's sums in float32, a step, relative to what is summed."""
-FACTORED = 2.0**-18
-"""The same of products with factors: sums of hundreds of terms, and columns that are orthonormal as float32 tells."""
 SEEN = 1e-3
 """Part of a direction that the steps must have sent, in units of the best seen one's, to count as known."""
 NO_RANK = 1e-5
@@ -170,7 +168,7 @@ def _projected(
         if bound[where].isfinite().all():  # no matrix: sent as it is
             continue
         products = [values[where].view(shape[0], -1) for values in sent]
-        error = FACTORED * len(sent) * products[0].abs().max()
+        error = ROUNDING * len(sent) * products[0].abs().max()
         left, sizes = _directions(products[0])
         if len(sizes) < min(rank, *products[0].shape) or (len(shape) == 2 and len(sizes) == examples):
             bound[where] = error  # what has no higher rank was sent whole

@@ -169,6 +169,8 @@ def _lowest(target: Target, label: Tensor, context: Context, floor: float) -> Lo
 
     Raises: NoChain, NoFeatures, OutOfTime.
     """
+    if target.bases:
+        raise NoChain("a layer's gradient is not known by its elements")
     links, last, features = _features(target, label)
     check(links)
     if math.prod(target.input_shape) > MAX_INPUTS:

@@ -183,6 +183,10 @@ def _projected(
         seen = int((sizes > SEEN * sizes[0]).sum())
         turned = torch.zeros_like(products[0])
         turned[:seen] = whole.T[:seen] @ torch.cat(values) / sizes[:seen, None]
+        if seen == len(across):  # along all of them
+            gradient[where] = (across.T @ turned).flatten()
+            bound[where] = error * sizes.reciprocal().square().sum().sqrt()
+            continue
         limit = torch.full_like(turned, math.inf)
         limit[:seen] = error / sizes[:seen, None]
         gradient[where], bound[where] = turned.flatten(), limit.flatten()

@@ -70,8 +70,12 @@ def test_signs_close_in(seed):
 
 
 def test_products_say_more_of_a_matrix_at_every_step():
-    shares = [settle(sent("powersgd:1", steps)[0]).known_fraction for steps in (1, 8, 40)]
-    assert shares[0] < shares[1] < shares[2]
+    found = [settle(sent("powersgd:2", steps)[0]) for steps in (1, 2, 4)]
+    assert found[0].known_fraction < found[1].known_fraction < found[2].known_fraction == 1
+    # Known along all directions, it is known by its elements.
+    _, gradient = sent("powersgd:2", 1)
+    assert found[2].bases == () and found[2].bound is not None
+    assert ((found[2].gradient - gradient).abs() <= found[2].bound).all() and found[2].bound.max() < 1e-3
 
 
 def test_a_product_of_less_than_its_rank_is_the_matrix():

@@ -45,7 +45,7 @@ def dager(target: Target, context: Context) -> Answer:
     states = Span(anatomy.states)
     total = max(contexts.rank, states.rank)
     bound = f"{total} different tokens in their places are seen, {contexts.room - 1} could be told apart"
-    if inputs.full or contexts.full:
+    if inputs.full or total >= contexts.room:
         return _nothing(target, f"the batch has {inputs.room} tokens or more, as many as the model is wide")
 
     def doubt(sentence: Tensor, made: Tensor) -> float:

@@ -115,8 +115,9 @@ def test_a_place_that_the_embeddings_do_not_show_is_found_in_the_span(monkeypatc
     assert rows(found.inputs, found.labels) == rows(batch.inputs, batch.labels)
 
 
-def test_a_batch_as_long_as_the_model_is_wide_is_named_so() -> None:
-    found = attacked("gpt2", "causal_lm", batch_of([20] * 8, "causal_lm", seed=0), seed=0)
+@pytest.mark.parametrize(("spec", "loss"), [("gpt2", "causal_lm"), ("bert", "masked_lm")])
+def test_a_batch_as_long_as_the_model_is_wide_is_named_so(spec: str, loss: str) -> None:
+    found = attacked(spec, loss, batch_of([20] * 8, loss, seed=0), seed=0)
     assert found.status is Status.NOT_CONVERGED and found.inputs is None
     assert "95 tokens or more, as many as the model is wide" in str(found.reason)
 

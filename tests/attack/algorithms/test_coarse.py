@@ -190,3 +190,14 @@ def test_signs_of_one_step_are_no_gradient():
     seen, _, _ = observed(5)
     found = reconstruct(in_steps("sign", seen, 1), KNOWLEDGE, deadline_s=60)
     assert found.status is Status.NOT_OBSERVED and found.inputs is None
+
+
+def test_columns_that_were_left_out_hide_nothing():
+    seen, inputs, labels = observed(2)
+    rows, columns = seen.shapes[-2]
+    gradient = seen.gradient.clone()
+    left_out = torch.randperm(columns, generator=torch.Generator().manual_seed(0))[: columns * 2 // 5]
+    gradient[-rows * (columns + 1) : -rows].view(rows, columns)[:, left_out] = 0
+    found = reconstruct(dataclasses.replace(seen, gradient=gradient, defense="soteria:0.4"), KNOWLEDGE, deadline_s=60)
+    assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None
+    assert found.predicted_mse is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-6)

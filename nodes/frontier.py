@@ -143,13 +143,15 @@ def read_cell(sweep: Sweep, cell: Cell) -> dict[str, Any] | None:
         asked = found["question"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if asked == (wanted := sweep.question(cell.stage)):
+    wanted = sweep.question(cell.stage)
+    differ = [name for name in wanted | asked if wanted.get(name) != asked.get(name)]
+    if not differ:
         return found
     if sweep.overwrite:
         return None
-    name = next(key for key, value in wanted.items() if asked.get(key) != value)
+    name = differ[0]
     raise ConfigError(
-        f"{path}: its {name} was {asked.get(name)}, not {wanted[name]}; go on with what was asked, name "
+        f"{path}: its {name} was {asked.get(name)}, not {wanted.get(name)}; go on with what was asked, name "
         "another folder, or add --overwrite to start anew"
     )
 

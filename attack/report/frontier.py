@@ -125,7 +125,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float,
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "svg.hashsalt": "gradtap"}):
         figure = Figure(figsize=(10.5, 4.9), layout="constrained")
         stages = _plotted(rows)
-        panels = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
+        panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
         for stage, axes in zip(stages, panels, strict=True):
             _panel(axes, rows, stage, what, unit)
             axes.set_title(STAGE_NAMES[stage])
@@ -160,8 +160,8 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], stage: str, what: str,
         low = [max(0.0, 100 * (row[column] - row[f"{column}_low"])) for row in shown]
         high = [max(0.0, 100 * (row[f"{column}_high"] - row[column])) for row in shown]
         axes.errorbar(x, y, yerr=(low, high), fmt="none", ecolor=COLORS[attacker], alpha=0.25, linewidth=1)
-        marker = "o" if attacker is Attacker.ADAPTIVE else "x"
-        axes.plot(x, y, marker, color=COLORS[attacker], markersize=6, label=f"{attacker} attacker", zorder=3)
+        marker, order = ("o", 3) if attacker is Attacker.ADAPTIVE else ("x", 4)  # a cross on a dot shows both
+        axes.plot(x, y, marker, color=COLORS[attacker], markersize=6, label=f"{attacker} attacker", zorder=order)
     for row in shown:
         naive, adaptive = (100 * row[key(stage, attacker, below(LEAKED))] for attacker in Attacker)
         axes.plot([unit * row[what]] * 2, [naive, adaptive], color="#9aa5b1", linewidth=0.8, zorder=1)

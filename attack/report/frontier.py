@@ -135,10 +135,11 @@ def _plot(rows: Sequence[Mapping[str, Any]], what: str, title: str, unit: float,
                 axes.set_xticks([2, 5, 10, 20, 50, 100])
                 axes.xaxis.set_major_formatter("{x:g}")
                 axes.minorticks_off()
-            else:
-                left, right = axes.get_xlim()
-                lack = max(0.0, LEAST_SPAN - (right - left)) / 2
-                axes.set_xlim(left - lack, right + lack)
+        if not logarithmic:
+            left, right = panels[0].get_xlim()
+            lack = max(0.0, LEAST_SPAN - (right - left)) / 2
+            panels[0].set_xlim(left - lack, right + lack)
+        for stage, axes in zip(stages, panels, strict=True):  # now that all axes are what they will be
             _label(axes, rows, stage, what, unit)
         panels[0].set_ylabel(f"pictures with mean squared error below {LEAKED:g}, %")
         names = [f"{place} {row['defense']}" for place, row in enumerate(rows, 1)]

@@ -24,6 +24,9 @@ from attack.engine.layout import Layout, watched
 from attack.engine.target import Target
 from harness.models import IGNORED, LOSSES
 
+COARSELY = 1.7
+"""Bound, in units of the whole error's deviation, from which on observing makes nearly all of it: at most sqrt(3)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
@@ -112,6 +115,13 @@ class Explained:
     def misfit(self) -> float:
         """Sum over elements of (observed - explained)^2 / variance."""
         return float((self.left / self._target.noise).square().sum())
+
+    @functools.cached_property
+    def looseness(self) -> float:
+        """Mean square of what is left of those elements that are known coarsely, in units of the largest variance that
+        their errors may have; at most 1 of a true text."""
+        coarse = self._target.bound > COARSELY * self._target.noise
+        return float((self.left[coarse] / self._target.noise[coarse]).square().mean()) if coarse.any() else 0.0
 
     @functools.cached_property
     def errors(self) -> float:

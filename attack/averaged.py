@@ -62,6 +62,7 @@ def average(observation: Observation, *, examples: int = 1) -> Observation:
         known=torch.full_like(observation.known, int(Known.CODED)),
         bound=(3 * variance).sqrt(),
         defense=None,
+        joined=tuple(sorted(used - {observation.step})),
         again=tuple(step for step in observation.again if step.step not in used),
     )
 

@@ -70,6 +70,7 @@ def settle(observation: Observation, *, examples: int | None = None) -> Observat
         known=known,
         bound=bound + drift,
         bases=bases,
+        joined=tuple(sorted(numbers - {first.step})),
         again=tuple(step for step in (observation, *observation.again) if step.step not in numbers),
     )
 

@@ -103,6 +103,8 @@ class Observation:
     """The public side of the sender's defense, as the wire says it; None for a plain gradient."""
     again: tuple[Observation, ...] = ()
     """Other steps of this rank that are declared to hold the same batch; none has any of its own."""
+    joined: tuple[int, ...] = ()
+    """Steps beside its own of which this is put together (`attack.averaged`, `attack.feedback`)."""
 
     def __post_init__(self) -> None:
         count = self.gradient.numel()

@@ -183,7 +183,11 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     frames = answer.film.frames
     return fields | {
         "status": Status.FILLED if answer.filled else Status.CONVERGED,
-        "steps": (target.step, *(other.step for other in target.again if other.explained_by(inputs, labels))),
+        "steps": (
+            target.step,
+            *target.joined,
+            *(other.step for other in target.again if other.explained_by(inputs, labels)),
+        ),
         "reason": answer.reason if answer.filled else None,
         "inputs": inputs.cpu() if target.tokens else inputs.float().cpu(),
         "labels": answer.labels.cpu(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from nodes.errors import NetworkError
@@ -15,3 +17,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             private_network()
         except NetworkError as error:
             missing("lab", str(error))
+
+
+def pytest_sessionstart() -> None:
+    # Whoever runs the tests in the background of a script has SIGINT ignored, and so would all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -72,6 +72,8 @@ class Target:
     step: int = 0
     again: tuple[Target, ...] = ()
     """The same batch's gradients at other steps, by other weights, where that was declared."""
+    joined: tuple[int, ...] = ()
+    """Steps beside its own that `gradient` is put together of."""
     bases: tuple[Basis, ...] = ()
     """In which some parameters' gradients are given: `gradient`, and what is said of its elements, is of these."""
     statistics: Mapping[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
@@ -262,6 +264,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         batch_norm=batch_norm,
         step=observation.step,
         again=_again(observation, knowledge, device),
+        joined=observation.joined,
         bases=observation.bases,
         statistics={name: (mean.to(device), variance.to(device)) for name, (mean, variance) in statistics.items()},
     )

@@ -37,6 +37,7 @@ METHOD_NAMES = {
     "inverting-gradients": "Inverting Gradients (Geiping et al. 2020): the gradient's direction, with total variation",
     "gradinversion": "GradInversion (Yin et al. 2021): the gradient and the batch norms' statistics, as a group",
     "dager": "DAGER (Petrov et al. 2024): tokens and sentences from the spans of the first layers' gradients",
+    "coarse-text": "Coarse text: each token by the two rows its slope stands in, weighed by how exactly they are known",
     "lamp": "LAMP (Balunović et al. 2022): embeddings searched, and tokens moved in between",
     "tag": "TAG (Deng et al. 2021): embeddings searched, then the nearest tokens",
 }

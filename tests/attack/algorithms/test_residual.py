@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ SPEC = "resnet:depth=10,width=32,classes=10,input=3x16x16"
 KNOWLEDGE = Knowledge(model=SPEC, input_shape=(3, 16, 16))
 
 
+@functools.cache
 def photo(index: int) -> Tensor:
     whole = torch.from_numpy(load_data("photos").pictures[index].copy())[None].float() / 255
     return nn.functional.avg_pool2d(whole, 2)

@@ -20,6 +20,8 @@ from harness.defenses.blocks import BLOCK
 from harness.wire.coded import Float32
 
 Places: TypeAlias = npt.NDArray[np.int64]
+Found: TypeAlias = tuple[Places, Float32]
+"""Where elements are, and what they are."""
 Bits: TypeAlias = npt.NDArray[np.uint32]
 Sampling: TypeAlias = Callable[[Float32], Float32]
 """Of a flat vector, the elements to look at first."""
@@ -39,8 +41,8 @@ def largest(
     *,
     peek: Callable[[Sampling], Float32] | None = None,
     fill: Callable[[slice], None] | None = None,
-) -> Iterator[Places]:
-    """For each tensor, the places in the flat vector of the `counts` elements that are largest in magnitude, ascending.
+) -> Iterator[Found]:
+    """For each tensor the `counts` elements that are largest in magnitude, ascending by their places in the flat vector.
 
     What is not a number is larger than any; of two of one magnitude, which is not said.
 
@@ -53,14 +55,15 @@ def largest(
     for size, count in zip(sizes, counts, strict=True):
         sampling = functools.partial(sample, begin=at, size=size)
         least = _threshold(sampling(values) if peek is None else peek(sampling), size, count)
-        places, magnitudes = _not_below(least, values, at, at + size, fill)
+        places, numbers = _not_below(least, values, at, at + size, fill)
         if places.size < count:
-            places, magnitudes = np.arange(at, at + size), _magnitudes(values[at : at + size])
+            places, numbers = np.arange(at, at + size), values[at : at + size]
         if (smaller := places.size - count) > 0:
             chosen = np.ones(places.size, np.bool_)
-            chosen[np.argpartition(magnitudes, smaller - 1)[:smaller]] = False
-            places = places[np.flatnonzero(chosen)]  # by a mask that is full of holes it takes several times as long
-        yield places
+            chosen[np.argpartition(_magnitudes(numbers), smaller - 1)[:smaller]] = False
+            among = np.flatnonzero(chosen)  # by a mask that is full of holes it takes several times as long
+            places, numbers = places[among], numbers[among]
+        yield places, numbers
         at += size
 
 
@@ -86,10 +89,10 @@ def _threshold(sample: Float32, size: int, count: int) -> np.uint32:
 
 def _not_below(
     least: np.uint32, values: Float32, begin: int, end: int, fill: Callable[[slice], None] | None
-) -> tuple[Places, Bits]:
-    """Where elements are not smaller, and their magnitudes."""
+) -> Found:
+    """Elements that are not smaller."""
     scratch, reaches = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.bool_)
-    places, magnitudes = [np.empty(0, np.int64)], [np.empty(0, np.uint32)]
+    places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for at in range(begin, end, BLOCK):
         block = slice(at, min(at + BLOCK, end))
         if fill is not None:
@@ -98,5 +101,5 @@ def _not_below(
         here = _magnitudes(values[block], out=scratch[:size])
         near = np.flatnonzero(np.greater_equal(here, least, out=reaches[:size]))
         places.append(near + at)
-        magnitudes.append(here[near])
-    return np.concatenate(places), np.concatenate(magnitudes)
+        numbers.append(values[block][near])  # at once, while they are in the cache
+    return np.concatenate(places), np.concatenate(numbers)

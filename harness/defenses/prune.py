@@ -33,7 +33,7 @@ class Prune(Coder):
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
         values = gradient.numpy()
         counts = [size - round(size * self.share) for size in sizes]
-        return Sparse.of(values.size, [(places, values[places]) for places in largest(values, sizes, counts)]), state
+        return Sparse.of(values.size, largest(values, sizes, counts)), state
 
 
 def check_share(share: float) -> None:

@@ -83,9 +83,9 @@ class TopK(Coder):
         share = 1 - self.share_at(moment.step)
         counts = [min(size, math.ceil(size * share - 1e-9)) for size in sizes]
         sent = []
-        for places in largest(kept, sizes, counts, peek=peek, fill=fill):
+        for places, numbers in largest(kept, sizes, counts, peek=peek, fill=fill):
+            sent.append((places, numbers))
             # At once, while the tensor is in the cache.
-            sent.append((places, kept[places]))
             for remembered in state.values():
                 remembered.numpy()[places] = 0
         return Sparse.of(kept.size, sent), state

@@ -270,7 +270,9 @@ def test_the_largest_of_long_tensors_are_found_whatever_the_sample_says(share, k
         values[7] = np.nan
         counts = [max(1, count) for count in counts]
         expected = written_out(np.where(np.isnan(values), np.float32(np.inf), values), sizes, counts)
-    assert np.array_equal(np.concatenate(list(largest(values, sizes, counts))), expected)
+    places, numbers = (np.concatenate(found) for found in zip(*largest(values, sizes, counts), strict=True))
+    assert np.array_equal(places, expected)
+    assert np.array_equal(numbers, values[expected], equal_nan=True)
 
 
 @pytest.mark.parametrize("spec", ["sign", "topk:0.999", "topk-dgc:0.99", "qsgd:7", "int8", "ternary:clip=2.0"])

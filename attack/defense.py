@@ -63,13 +63,14 @@ class PublicDefense:
                 found = dataclasses.replace(found, draws=True)
             elif name == "int8" and "rounding=stochastic" in options:
                 found = dataclasses.replace(found, draws=True)
-            elif name == "clip" and value is not None:
+            elif name in ("clip", "clip-examples") and value is not None:
                 found = dataclasses.replace(found, norm=value)
             elif name == "prune":
                 found = dataclasses.replace(found, prunes=True)
             elif name in ("topk", "topk-dgc"):
                 momentum = _option(options, "momentum", 0.9 if name == "topk-dgc" else 0.0)
-                found = dataclasses.replace(found, keeps=True, momentum=momentum)
+                clipped = _option(options, "clip", 0.0) or found.norm
+                found = dataclasses.replace(found, keeps=True, momentum=momentum, norm=clipped)
             elif name == "sign":
                 found = dataclasses.replace(found, keeps=True, signs=True)
             elif name == "powersgd" and value is not None and value >= 1:

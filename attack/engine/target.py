@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from attack.averaged import average
 from attack.defense import PublicDefense
+from attack.engine.clipped import clipping_factor
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.errors import AttackError
 from attack.feedback import settle
@@ -221,6 +222,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         model = load_model(knowledge.model)
     observation = _in_parts(observation, model, knowledge)
     examples = knowledge.batch_size or 1
+    norm = PublicDefense.read(observation.defense or "").norm
     observation = average(settle(disbelieve(observation), examples=examples), examples=examples)
     known = observation.limited
     if not known.any():
@@ -246,12 +248,17 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
             bound, torch.tensor(math.sqrt(3) * PublicDefense.read(observation.defense).noise_of(examples))
         )
     bound = torch.where(known, bound, 0.0)
+    noise = element_noise(observation, known, gradient, bound)
+    if norm is not None and batch_size == 1 and knowledge.tokens is None:
+        label = None if knowledge.labels is None else knowledge.labels[0]
+        factor = clipping_factor(model, gradient, noise, norm=norm, label=label)
+        gradient, noise, bound = gradient / factor, noise / factor, bound / factor
     target = Target(
         model=model.to(device),
         loss=LOSSES[knowledge.loss],
         gradient=gradient.to(device),
         known=known.double().to(device),
-        noise=element_noise(observation, known, gradient, bound).to(device),
+        noise=noise.to(device),
         bound=bound.to(device),
         shapes=tuple(parameter.shape for parameter in model.parameters()),
         input_shape=knowledge.input_shape,

@@ -42,7 +42,7 @@ def largest(
     peek: Callable[[Sampling], Float32] | None = None,
     fill: Callable[[slice], None] | None = None,
 ) -> Iterator[Found]:
-    """For each tensor the `counts` elements that are largest in magnitude, ascending by their places in the flat vector.
+    """For each tensor the `counts` elements that are largest in magnitude, ascending by their places in the vector.
 
     What is not a number is larger than any; of two of one magnitude, which is not said.
 
@@ -87,9 +87,7 @@ def _threshold(sample: Float32, size: int, count: int) -> np.uint32:
     return np.uint32(np.partition(_magnitudes(sample), -rank)[-rank])
 
 
-def _not_below(
-    least: np.uint32, values: Float32, begin: int, end: int, fill: Callable[[slice], None] | None
-) -> Found:
+def _not_below(least: np.uint32, values: Float32, begin: int, end: int, fill: Callable[[slice], None] | None) -> Found:
     """Elements that are not smaller."""
     scratch, reaches = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.bool_)
     places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.float32)]

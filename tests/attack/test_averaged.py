@@ -6,33 +6,12 @@ import dataclasses
 import math
 
 import pytest
-import torch
-from torch import Tensor
 
 from attack.averaged import average
 from attack.defense import PublicDefense
 from attack.left_out import disbelieve
-from attack.observation import Known, Observation
-from harness.defenses import load_defense
-from harness.exchange.base import as_coded
-from harness.wire.codec import decode
+from attack.observation import Known
 from tests.attack import toys
-
-
-def drawn(spec: str, steps: int, *, seed: int = 0) -> tuple[Observation, Tensor]:
-    """One gradient at so many steps, as a receiver makes it of each, and the gradient itself."""
-    plain = toys.observe(*toys.example("convolution", seed=seed))
-    sizes = tuple(math.prod(shape) for shape in plain.shapes)
-    chain, seen = load_defense(spec), []
-    for step in range(steps):
-        coded = as_coded(chain(plain.gradient, sizes, chain.begin(sizes), seed=seed, rank=0, step=step)[0])
-        codec, params, payload = coded.part(0, coded.size)
-        said = decode(codec, coded.size, params, payload)
-        bound = None if said.error is None else torch.from_numpy(said.error)
-        known = torch.full_like(plain.known, int(Known.RAW if bound is None else Known.CODED))
-        values = torch.from_numpy(said.values.copy())
-        seen.append(dataclasses.replace(plain, step=step, gradient=values, known=known, bound=bound, defense=spec))
-    return dataclasses.replace(seen[0], again=tuple(seen[1:])), plain.gradient.double()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +19,7 @@ def drawn(spec: str, steps: int, *, seed: int = 0) -> tuple[Observation, Tensor]
 )
 @pytest.mark.parametrize("steps", [2, 8, 64])
 def test_errors_are_as_large_as_they_are_said_to_be(spec, steps):
-    seen, gradient = drawn(spec, steps)
+    seen, gradient = toys.defended(spec, steps)
     found = average(seen)
     assert found.bound is not None and found.again == () and found.defense is None
     off = (found.gradient - gradient) / (found.bound / math.sqrt(3))
@@ -48,7 +27,7 @@ def test_errors_are_as_large_as_they_are_said_to_be(spec, steps):
 
 
 def test_the_median_is_nearer_where_the_law_is_laplaces():
-    seen, gradient = drawn("noise-laplace:1e-2", 32)
+    seen, gradient = toys.defended("noise-laplace:1e-2", 32)
     median, mean = average(seen), average(dataclasses.replace(seen, defense="noise-gaussian:1e-2", again=tuple(
         dataclasses.replace(other, defense="noise-gaussian:1e-2") for other in seen.again)))  # fmt: skip
     off, other = (float((found.gradient - gradient).square().mean()) for found in (median, mean))
@@ -57,12 +36,12 @@ def test_the_median_is_nearer_where_the_law_is_laplaces():
 
 @pytest.mark.parametrize("spec", ["int8", "fp16", "prune:0.5", "sign", "topk:0.5", ""])
 def test_what_is_not_drawn_is_no_better_for_coming_again(spec):
-    seen = dataclasses.replace(drawn("int8", 4)[0], defense=spec or None)
+    seen = dataclasses.replace(toys.defended("int8", 4)[0], defense=spec or None)
     assert average(seen) is seen
 
 
 def test_another_gradient_is_left_out():
-    seen, _ = drawn("noise-gaussian:1e-2", 4)
+    seen, _ = toys.defended("noise-gaussian:1e-2", 4)
     assert seen.weights is not None
     moved = dataclasses.replace(seen.again[1], weights=1.01 * seen.weights)
     found = average(dataclasses.replace(seen, again=(seen.again[0], moved, seen.again[2])))

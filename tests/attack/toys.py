@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from attack.engine.context import Context
 from attack.observation import Knowledge, Known, Observation
+from harness.defenses import load_defense
+from harness.exchange.base import as_coded
 from harness.models import load_model
+from harness.wire.codec import decode
 
 
 def linear() -> nn.Module:
@@ -88,6 +92,26 @@ def observe_gradient(model: nn.Module, gradient: Tensor, **changes: Any) -> Obse
         "shapes": tuple(tuple(parameter.shape) for parameter in parameters),
     }
     return Observation(**fields | changes)
+
+
+def defended(
+    spec: str, steps: int = 1, *, name: str = "convolution", seed: int = 0, batch: int = 1
+) -> tuple[Observation, Tensor]:
+    """One gradient at so many steps, as a receiver makes it of what a defense sends, and the gradient itself."""
+    plain = observe(*example(name, seed=seed, batch=batch))
+    sizes = tuple(math.prod(shape) for shape in plain.shapes)
+    chain, seen = load_defense(spec), []
+    state = chain.begin(sizes)
+    for step in range(steps):
+        sent, state = chain(plain.gradient.clone(), sizes, state, seed=seed, rank=0, step=step)
+        coded = as_coded(sent)
+        codec, params, payload = coded.part(0, coded.size)
+        said = decode(codec, coded.size, params, payload)
+        bound = None if said.error is None else torch.from_numpy(said.error)
+        known = torch.full_like(plain.known, int(Known.RAW if bound is None else Known.CODED))
+        values = torch.from_numpy(said.values.copy())
+        seen.append(dataclasses.replace(plain, step=step, gradient=values, known=known, bound=bound, defense=spec))
+    return dataclasses.replace(seen[0], again=tuple(seen[1:])), plain.gradient.double()
 
 
 def unhurried(*, seed: int = 0) -> Context:

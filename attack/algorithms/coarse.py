@@ -40,7 +40,7 @@ from attack.engine.layers import RESHAPES, activation, check
 from attack.engine.lowest import Lowest
 from attack.engine.tangents import Tangents, check_order
 from attack.engine.target import Target
-from attack.engine.walk import FullWalk, OutOfTime, prior_below
+from attack.engine.walk import FullBelief, FullWalk, OutOfTime, prior_below
 
 SETTINGS = Settings(steps=20, iterations=150, patient=True)
 """Rounded gradients take 4 to 6 steps; pruned ones, some of whose equations are exact, 9 or more."""
@@ -95,7 +95,7 @@ def coarse(target: Target, context: Context) -> Answer:
     prior = prior_of(target)
     try:
         label = read_label([target, *target.again])
-        watch(last_two[1])
+        watch(_start(target))
         for system in _systems(target, label, context):
             rows, direct, settings = system.rows, system.direct, system.settings
             solution = minimize(rows, last_two[1], prior, context, settings, direct=direct, done=settled, watch=watch)
@@ -124,6 +124,28 @@ def coarse(target: Target, context: Context) -> Answer:
     )
 
 
+def _start(target: Target) -> Tensor:
+    """What a first linear layer's own gradient, dW = d x' and db = d, makes of its inputs; gray where there is none.
+
+    Behind a ReLU Gauss-Newton stays on the side of a unit's kink on which it begins: of a fully connected net pruned by
+    half no picture was found from gray.
+
+    Raises: NoChain.
+    """
+    low, high = target.input_range
+    gray = torch.full((1, *target.input_shape), (low + high) / 2, dtype=torch.float64, device=target.device)
+    modules = [link.module for link in trace(target.model, target.input_shape)]
+    lowest = next(module for module in modules if not isinstance(module, RESHAPES))
+    if not isinstance(lowest, nn.Linear) or lowest.bias is None or target.bases:
+        return gray
+    seen, error = target.tensors(target.gradient)[:2]
+    weights = target.tensors(target.noise)[0].square().reciprocal()  # 0 where unknown
+    beforehand = 12 / (high - low) ** 2
+    found = (weights * error[:, None] * seen).sum(0) + beforehand * gray.flatten()
+    found /= (weights * error[:, None].square()).sum(0) + beforehand
+    return found.clamp(low, high).view_as(gray)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _System:
     """Equations, and how to go about them."""
@@ -136,15 +158,14 @@ class _System:
 
 def _systems(target: Target, label: Tensor, context: Context) -> Iterator[_System]:
     """What to try, the one after the other, until an answer fits. Raises: NoChain, NoFeatures, OutOfTime."""
-    for floor in (FLOOR, 0.0):
-        try:
-            parts = [_lowest(target, label, context, floor)]
-        except NoChain:
-            break
+    with contextlib.suppress(NoChain):
+        found = [_two_lowest(target, label, context)]
         for other in target.again:
             with contextlib.suppress(NoChain, NoFeatures):
-                parts.append(_lowest(other, label, context, floor))
-        yield _together(parts, factor_in=torch.float32 if floor else torch.float64)
+                found.append(_two_lowest(other, label, context))
+        for floor, factor_in in ((FLOOR, torch.float32), (0.0, torch.float64)):
+            parts = [Lowest(step, links, below, floor=floor) for step, links, below in found]
+            yield _together(parts, factor_in=factor_in)
     yield _whole(target, label)
 
 
@@ -164,8 +185,8 @@ def _together(parts: list[Lowest], *, factor_in: torch.dtype) -> _System:
     )
 
 
-def _lowest(target: Target, label: Tensor, context: Context, floor: float) -> Lowest:
-    """The equations of the two lowest layers, where those above determine what is between.
+def _two_lowest(target: Target, label: Tensor, context: Context) -> tuple[Target, list[Link], FullBelief]:
+    """The two lowest layers, and what is known of their output, where the layers above determine what is between.
 
     Raises: NoChain, NoFeatures, OutOfTime.
     """
@@ -183,7 +204,7 @@ def _lowest(target: Target, label: Tensor, context: Context, floor: float) -> Lo
     if belief.variance > DETERMINED**2 * prior_below(links[:third], target)[1]:
         raise NoChain(f"the inputs of layer {links[third].name} are not known well enough")
     below = FullWalk(links[:third]).down(belief, target, context, to=second + 1)
-    return Lowest(target, links[: second + 1], below, floor=floor)
+    return target, links[: second + 1], below
 
 
 def _whole(target: Target, label: Tensor) -> _System:

@@ -61,10 +61,10 @@ def picture(index: int) -> tuple[Tensor, Tensor]:
     return torch.nn.functional.avg_pool2d(inputs, 2).mean(1, keepdim=True), torch.tensor([3 + index])
 
 
-def observed(index: int) -> tuple[Observation, Tensor, Tensor]:
+def observed(index: int, model: str = LENET) -> tuple[Observation, Tensor, Tensor]:
     torch.manual_seed(index)
     inputs, labels = picture(index)
-    return toys.observe(load_model(LENET), inputs, labels), inputs, labels
+    return toys.observe(load_model(model), inputs, labels), inputs, labels
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -80,6 +80,20 @@ def test_what_the_code_leaves_is_enough(spec, index):
     assert found.status in (Status.FILLED, Status.CONVERGED), found.reason
     assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None
     assert found.predicted_mse is not None and error(found.inputs, inputs) < min(found.predicted_mse, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "index"),
+    [("prune:0.5", 1), ("prune:0.5", 2), ("prune:0.8", 1), ("prune:0.8", 6), ("int8", 0), ("int8", 6)],
+)
+def test_a_first_linear_layer_says_where_to_begin(spec, index):
+    """Nine of the last layer's ten biases are about as large, so that what is pruned of them is just below the rest."""
+    model = "mlp:input=1x16x16,classes=10,hidden=32x24"
+    seen, inputs, labels = observed(index, model)
+    knowledge = dataclasses.replace(KNOWLEDGE, model=model)
+    found = reconstruct(defended(spec, seen), knowledge, method="coarse", deadline_s=60)
+    assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None, found.reason
+    assert error(found.inputs, inputs) < (1e-3 if spec == "int8" else 1e-8)
 
 
 @pytest.mark.parametrize("index", [2, 6])

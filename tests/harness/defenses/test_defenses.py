@@ -256,7 +256,7 @@ def written_out(values: np.ndarray, sizes: tuple[int, ...], counts: list[int]) -
 @pytest.mark.parametrize("share", [0.0, 1e-3, 0.1, 0.7, 1.0])
 @pytest.mark.parametrize("kind", ["random", "the sample misses", "the sample misleads", "not a number"])
 def test_the_largest_of_long_tensors_are_found_whatever_the_sample_says(share, kind):
-    sizes = (3 * BLOCK + 17, 5, BLOCK + 1)
+    sizes = (5 * BLOCK + 17, 5, 3 * BLOCK + 1)
     values = np.random.default_rng(3).permutation(sum(sizes)).astype(np.float32) - np.float32(sum(sizes) / 3)
     looked_at = sample(np.arange(sizes[0]), begin=0, size=sizes[0])
     assert 1000 < looked_at.size < sizes[0] / 50

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,14 +37,17 @@ SEEN = 1e-3
 """Part of a direction that the steps must have sent, in units of the best seen one's, to count as known."""
 NO_RANK = 1e-5
 """Singular value, relative to the first, below which it is rounding."""
+MOST_ROWS = 2048
+"""Of a matrix that is given in a basis, which has as many numbers as that squared: 32 MiB."""
 
 
-def settle(observation: Observation, *, examples: int | None = None) -> Observation:
+def settle(observation: Observation, *, ranks: Mapping[int, int] | None = None, turn: bool = True) -> Observation:
     """One gradient by all that its steps say; the observation itself where error feedback links none.
 
     Args:
         observation: in the parameters' shapes.
-        examples: of its batch: a linear layer's gradient has no higher rank. None: not known.
+        ranks: by the parameter's place, the highest rank that its gradient can have, where that can be told.
+        turn: whether what is known along some directions alone is given in a basis; else it is not known.
     """
     defense = PublicDefense.read(observation.defense or "")
     if not (defense.keeps or defense.rank) or defense.noise or defense.noise_of_sum:
@@ -52,23 +55,21 @@ def settle(observation: Observation, *, examples: int | None = None) -> Observat
     steps = list(_linked(observation))
     if not steps or (defense.signs and len(steps) == 1):
         return observation
-    moved = movement(steps)
     sent = [step.gradient.double() for step in steps]
     bases: tuple[Basis, ...] = ()
     if defense.rank:
-        gradient, bound, bases = _projected(steps, sent, defense.rank, examples)
+        gradient, bound, bases = _projected(steps, sent, defense.rank, ranks or {}, MOST_ROWS if turn else 0)
     elif defense.signs:
         gradient, bound = _between(sent, observation.shapes)
     else:
         gradient, bound = _accumulated(sent, observation.shapes, defense.momentum)
-    drift = FOLLOWS * moved * torch.cat([_size(part).expand(part.numel()) for part in _parts(gradient, observation)])
     known = torch.where(bound == 0, int(Known.RAW), int(Known.CODED)).to(torch.uint8)
     first, numbers = steps[0], {step.step for step in steps}
     return dataclasses.replace(
         first,
         gradient=gradient,
         known=known,
-        bound=bound + drift,
+        bound=bound + drift(gradient, steps),
         bases=bases,
         joined=tuple(sorted(numbers - {first.step})),
         again=tuple(step for step in (observation, *observation.again) if step.step not in numbers),
@@ -92,13 +93,19 @@ def movement(steps: Sequence[Observation]) -> float:
     return float(torch.linalg.vector_norm(weights - weights[0], dim=1).max()) / size if size else 0.0
 
 
-def _parts(flat: Tensor, observation: Observation) -> tuple[Tensor, ...]:
-    return flat.split([math.prod(shape) for shape in observation.shapes])
+def drift(gradient: Tensor, steps: Sequence[Observation]) -> Tensor:
+    """How far the gradient may have come from the first step's while the weights moved; 0 where they did not.
 
+    Args:
+        gradient: what they say of it together, flat.
+        steps: in the parameters' shapes.
 
-def _size(part: Tensor) -> Tensor:
-    """Root mean square, float64."""
-    return part.double().square().mean().sqrt()
+    Returns: float64, shape (parameters,): the same for all elements of a parameter.
+    """
+    sizes = torch.zeros_like(gradient, dtype=torch.float64)
+    for where in _slices(steps[0].shapes):
+        sizes[where] = gradient[where].double().square().mean().sqrt()
+    return FOLLOWS * movement(steps) * sizes
 
 
 def _slices(shapes: Shapes) -> Iterator[slice]:
@@ -159,9 +166,10 @@ def _accumulated(sent: Sequence[Tensor], shapes: Shapes, momentum: float) -> tup
 
 
 def _projected(
-    steps: Sequence[Observation], sent: Sequence[Tensor], rank: int, examples: int | None
+    steps: Sequence[Observation], sent: Sequence[Tensor], rank: int, ranks: Mapping[int, int], most_rows: int
 ) -> tuple[Tensor, Tensor, tuple[Basis, ...]]:
-    """PowerSGD: the gradient in each matrix's basis, where one is given, with bounds; and the bases."""
+    """PowerSGD: the gradient in each matrix's basis, where one is given, with bounds; and the bases. A matrix of more
+    than `most_rows` is given in none, and not known unless it was sent whole."""
     gradient, bases = sent[0].clone(), []
     limits = [step.bound if step.bound is not None else torch.zeros_like(step.gradient) for step in steps]
     bound = limits[0].double()
@@ -171,8 +179,10 @@ def _projected(
         products = [values[where].view(shape[0], -1) for values in sent]
         error = ROUNDING * len(sent) * products[0].abs().max()
         left, sizes = _directions(products[0])
-        if len(sizes) < min(rank, *products[0].shape) or (len(shape) == 2 and len(sizes) == examples):
+        if len(sizes) < min(rank, *products[0].shape) or len(sizes) == ranks.get(place):
             bound[where] = error  # what has no higher rank was sent whole
+            continue
+        if shape[0] > most_rows:
             continue
         total, rows, values = torch.zeros_like(products[0]), [], []
         for count, product in enumerate(products, start=1):

@@ -8,9 +8,10 @@ is a sum of as many outer products as there are examples: e_i an example's error
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ABOVE_NOISE = 4.0
 """Singular values count from so many times the size of the noise's largest. On MLPs and LeNets those of a batch of 16
@@ -54,6 +55,29 @@ def count(gradient: Tensor, noise: Tensor) -> int:
     tall = gradient if len(gradient) > gradient.shape[1] else gradient.T
     core = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
     return int((core > ABOVE_NOISE * _floor(noise)).sum())
+
+
+@torch.no_grad()
+def highest_ranks(model: nn.Module, inputs: Tensor) -> dict[int, int]:
+    """The highest rank that each linear layer's gradient over such a batch can have: as many rows as it is applied to.
+
+    Returns: by the weight's place in `model.parameters()`; without those that other modules hold, too, or that are
+        used in some other way than by calling their layer.
+    """
+    rows, holders = Counter[int](), Counter(id(own) for part in model.modules() for own in part._parameters.values())
+
+    def note(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        rows[id(layer.weight)] += output.numel() // layer.out_features
+
+    hooks = [part.register_forward_hook(note) for part in model.modules() if type(part) is nn.Linear]
+    try:
+        model(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    places = enumerate(map(id, model.parameters()))
+    return {place: rows[weight] for place, weight in places if rows[weight] and holders[weight] == 1}
 
 
 def _floor(noise: Tensor) -> float:

@@ -20,6 +20,7 @@ from attack.averaged import average
 from attack.defense import PublicDefense
 from attack.engine.clipped import clipping_factor
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
+from attack.engine.rank import highest_ranks
 from attack.errors import AttackError
 from attack.feedback import settle
 from attack.left_out import disbelieve
@@ -232,9 +233,12 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     with torch.random.fork_rng(devices=[]):  # a fresh model draws weights; the caller's generator stays as it was
         model = load_model(knowledge.model)
     observation = _in_parts(observation, model, knowledge)
-    examples = knowledge.batch_size or 1
-    norm = PublicDefense.read(observation.defense or "").norm
-    observation = average(settle(disbelieve(observation), examples=examples), examples=examples)
+    defense = PublicDefense.read(observation.defense or "")
+    told = _told(observation, knowledge)
+    examples = told or 1  # of fewer there is no less noise
+    ranks = _ranks(model, knowledge, told) if defense.rank else {}
+    observation = settle(disbelieve(observation), ranks=ranks, turn=knowledge.tokens is None)
+    observation = average(observation, examples=examples)
     known = observation.limited
     if not known.any():
         raise Refused("no element of the gradient was seen", observed=False)
@@ -251,6 +255,8 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     if observation.ranks and knowledge.batch_size is not None:  # of several ranks the batches are one
         knowledge = dataclasses.replace(knowledge, batch_size=len(observation.ranks) * knowledge.batch_size)
     batch_size, classes = _fit(model, knowledge)
+    if knowledge.labels is not None and not all(0 <= label < classes for label in knowledge.labels):
+        raise AttackError(f"labels {list(knowledge.labels)}: model {knowledge.model!r} has {classes} classes")
     gradient = torch.where(known, observation.gradient, 0.0).double()
     bound = torch.zeros_like(gradient) if observation.bound is None else observation.bound.double()
     if observation.defense is not None:
@@ -260,11 +266,11 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         )
     bound = torch.where(known, bound, 0.0)
     noise = element_noise(observation, known, gradient, bound)
-    if norm is not None and batch_size == 1 and knowledge.tokens is None:
+    if defense.norm is not None and batch_size == 1 and knowledge.tokens is None:
         label = None if knowledge.labels is None else knowledge.labels[0]
-        factor = clipping_factor(model, gradient, noise, norm=norm, label=label)
+        factor = clipping_factor(model, gradient, noise, norm=defense.norm, label=label)
         gradient, noise, bound = gradient / factor, noise / factor, bound / factor
-    target = Target(
+    return Target(
         model=model.to(device),
         loss=LOSSES[knowledge.loss],
         gradient=gradient.to(device),
@@ -286,9 +292,6 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
         bases=observation.bases,
         statistics={name: (mean.to(device), variance.to(device)) for name, (mean, variance) in statistics.items()},
     )
-    if target.labels is not None and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
-        raise AttackError(f"labels {list(knowledge.labels or ())}: model {knowledge.model!r} has {classes} classes")
-    return target
 
 
 def _again(observation: Observation, knowledge: Knowledge, device: torch.device) -> tuple[Target, ...]:
@@ -298,6 +301,23 @@ def _again(observation: Observation, knowledge: Knowledge, device: torch.device)
         with contextlib.suppress(Refused):
             targets.append(prepare(other, knowledge, device=device))
     return tuple(targets)
+
+
+def _told(observation: Observation, knowledge: Knowledge) -> int | None:
+    """Examples in a rank's batch, where they are told, or how many labels there are of them."""
+    labels = len(knowledge.labels or ()) // max(1, len(observation.ranks))
+    return knowledge.batch_size or labels or None
+
+
+def _ranks(model: nn.Module, knowledge: Knowledge, examples: int | None) -> dict[int, int]:
+    """The highest rank of each linear layer's gradient, by the parameter's place, where it can be told: of tokens it
+    cannot, as nobody knows how many there were."""
+    if examples is None or knowledge.tokens is not None:
+        return {}
+    try:
+        return highest_ranks(model.double().eval(), _blank(knowledge, examples))
+    except (RuntimeError, ValueError):
+        return {}  # `_fit` says what is wrong
 
 
 def _in_parts(observation: Observation, model: nn.Module, knowledge: Knowledge) -> Observation:

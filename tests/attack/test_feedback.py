@@ -7,28 +7,36 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from attack.engine.target import prepare
 from attack.feedback import settle
-from attack.observation import Known, Observation
+from attack.observation import Knowledge, Known, Observation
 from harness.defenses import load_defense
 from harness.exchange.base import as_coded
+from harness.models import load_model
 from tests.attack import toys
 
 PARTS = 6
 """Parameter tensors of the toy."""
 
 
-def sent(spec: str, steps: int, *, seed: int = 0) -> tuple[Observation, Tensor]:
+def sent(
+    spec: str, steps: int, *, seed: int = 0, name: str = "convolution", batch: int = 1
+) -> tuple[Observation, Tensor]:
     """One gradient at so many steps, as a receiver makes it of each, and the gradient itself."""
-    model, inputs, labels = toys.example("convolution", seed=seed)
-    plain = toys.observe(model, inputs, labels)
+    model, inputs, labels = toys.example(name, seed=seed, batch=batch)
+    return coded(model, toys.observe(model, inputs, labels), spec, steps, seed=seed)
+
+
+def coded(model: nn.Module, plain: Observation, spec: str, steps: int, *, seed: int) -> tuple[Observation, Tensor]:
+    """The same of a gradient that was observed."""
     sizes = tuple(math.prod(shape) for shape in plain.shapes)
     chain = load_defense(spec).fit(model)
     state, seen = chain.begin(sizes), []
     for step in range(steps):
-        coded, state = chain(plain.gradient.clone(), sizes, state, seed=seed, rank=0, step=step)
-        values = torch.from_numpy(as_coded(coded).values().copy())
+        message, state = chain(plain.gradient.clone(), sizes, state, seed=seed, rank=0, step=step)
+        values = torch.from_numpy(as_coded(message).values().copy())
         matrices = torch.cat([torch.full((math.prod(shape),), len(shape) > 1) for shape in plain.shapes])
         bound = torch.where(matrices, math.inf, 0.0) if "powersgd" in spec else torch.full_like(values, math.inf)
         known = torch.where(bound > 0, int(Known.CODED), int(Known.RAW)).to(torch.uint8)
@@ -87,7 +95,51 @@ def test_a_product_of_less_than_its_rank_is_the_matrix():
     torch.testing.assert_close(found.gradient[last], gradient[last], rtol=1e-5, atol=1e-6)
     alone, _ = sent("powersgd:1", 1)
     assert any(basis.parameter == PARTS - 2 for basis in settle(alone).bases)
-    assert not any(basis.parameter == PARTS - 2 for basis in settle(alone, examples=1).bases)
+    assert not any(basis.parameter == PARTS - 2 for basis in settle(alone, ranks={PARTS - 2: 1}).bases)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "told"),
+    [
+        ("tanh", 3, {"batch_size": None}),
+        ("tanh", 3, {"batch_size": None, "labels": (0, 1, 2)}),
+        ("tanh", 3, {}),
+        ("several_rows", 1, {}),
+    ],
+)
+def test_of_several_rows_a_product_is_not_the_matrix(name, batch, told):
+    seen, gradient = sent("powersgd:1", 1, name=name, batch=batch)
+    assert seen.weights is not None
+    target = prepare(seen, toys.told(name, torch.zeros(batch, 12), **told), device=torch.device("cpu"))
+    off = ((target.turned(gradient) - target.gradient).abs() - target.bound) * target.known
+    assert target.bases and off.max() <= 1e-6 * gradient.abs().max()
+
+
+def test_of_one_example_told_linear_layers_are_known_whole():
+    seen, gradient = sent("powersgd:1", 1, name="tanh")
+    target = prepare(seen, toys.told("tanh", torch.zeros(1, 12)), device=torch.device("cpu"))
+    assert target.bases == () and target.known.all()
+    torch.testing.assert_close(target.gradient, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_not_to_be_turned_or_has_too_many_rows_is_not_known(monkeypatch):
+    seen, gradient = sent("powersgd:1", 2)
+    monkeypatch.setattr("attack.feedback.MOST_ROWS", 5)
+    few, none = settle(seen), settle(seen, turn=False)
+    assert [basis.parameter for basis in few.bases] == [2, PARTS - 2] and none.bases == ()
+    for found in (few, none):
+        off = (turned(gradient, found) - found.gradient).abs()
+        assert found.bound is not None and (off <= found.bound).all() and 0 < found.known_fraction < 0.5
+
+
+def test_tokens_have_no_bases():
+    spec = "bert:vocab=40,hidden=8,depth=1,heads=2,length=6"
+    model = load_model(spec)
+    plain = toys.observe_gradient(model, torch.randn(sum(parameter.numel() for parameter in model.parameters())))
+    seen, _ = coded(model, plain, "powersgd:1", 2, seed=0)
+    told = Knowledge(model=spec, loss="masked_lm", input_shape=(6,), tokens=model.tokens, batch_size=1)
+    target = prepare(seen, told, device=torch.device("cpu"))
+    assert target.bases == () and target.known.equal((seen.bound == 0).double())
 
 
 def altered(seen: Observation, at: int, **changes: object) -> Observation:

@@ -33,6 +33,11 @@ def shortcut() -> nn.Module:
     return Shortcut()
 
 
+def several_rows() -> nn.Module:
+    """Its first layer is applied to three rows of each example, as to tokens."""
+    return nn.Sequential(nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), nn.Tanh(), nn.Flatten(), nn.Linear(24, 5))
+
+
 class Shortcut(nn.Module):
     """Not a chain: its input goes around a layer."""
 

@@ -64,7 +64,8 @@ def test_label_of_a_batch_is_not_guessed() -> None:
     ("changes", "message"),
     [
         ({"loss": "hinge"}, "loss 'hinge' is not known; there are: cross_entropy"),
-        ({"labels": (7,)}, "has 5 classes"),
+        ({"labels": (7,)}, r"labels \[7\]: .* has 5 classes"),
+        ({"labels": (-1,)}, "has 5 classes"),
         ({"labels": (1, 2)}, "batch size 1 and 2 labels"),
         ({"batch_size": 0}, "batch size 0"),
         ({"input_shape": (13,)}, r"does not take inputs of shape \(13,\)"),
@@ -73,8 +74,9 @@ def test_label_of_a_batch_is_not_guessed() -> None:
 def test_knowledge_that_cannot_be_is_one_line(changes: dict, message: str) -> None:
     model, inputs, labels = example("linear")
     knowledge = dataclasses.replace(told("linear", inputs), **changes)
-    with pytest.raises(AttackError, match=message):
-        prepare(observe(model, inputs, labels), knowledge, device=CPU)
+    for defense in (None, "clip:0.1"):
+        with pytest.raises(AttackError, match=message):
+            prepare(observe(model, inputs, labels, defense=defense), knowledge, device=CPU)
 
 
 def test_batch_norm_normalizes_by_the_batch_and_keeps_its_statistics() -> None:

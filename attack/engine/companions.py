@@ -67,7 +67,10 @@ class Companions:
             size = (effects.norm() / len(used) ** 0.5).clamp(min=torch.finfo(effects.dtype).eps)
             left = torch.cat([effects.T / size, FIRM * adds_up])
             right = torch.cat([(shares @ effects - lack.sum(0)) / size, torch.full_like(adds_up[:, 0], FIRM)])
-            solved = torch.as_tensor(nnls(left.cpu().numpy(), right.cpu().numpy())[0], device=used.device)
+            try:
+                solved = torch.as_tensor(nnls(left.cpu().numpy(), right.cpu().numpy())[0], device=used.device)
+            except (RuntimeError, ValueError):  # too many iterations, or no share is left of all that a head looks at
+                break
             moved, shares = (solved - shares).abs().max(), solved
             if moved < SETTLED:
                 break

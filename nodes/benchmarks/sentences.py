@@ -2,7 +2,7 @@
 
 Each job trains some steps in the lab; its capture is decoded, and every method attacks the gradients and the weights
 that were decoded, one after the other: no more than one is in memory. Only the scoring opens the truth, behind the
-attack. The batch size is told to the searches, which cannot do without; `dager` reads it.
+attack. The batch size is told to all but `dager`, which reads it.
 
 A search shows its best tokens over iterations, as published ones do, whatever they are worth. All else counts only what
 `gradtap attack` gives as an answer: a batch without one has no token right.
@@ -46,7 +46,9 @@ from nodes.lab import CAPTURE_NAME
 
 RANKS = 2
 SEARCHES = ("lamp", "tag")
-"""Methods that have iterations, and must be told the batch size."""
+"""Methods that have iterations."""
+COUNTING = ("dager",)
+"""Methods that read the batch size."""
 COLUMNS = (
     "method", "batch", "batches", "most_tokens", "bound", "beyond", "converged", "wrong", "exact_share", "token_share",
     "rougeL", "median_cpu_s",
@@ -152,7 +154,7 @@ class Sentences(Benchmark):
                 where = {"batch": size, "seed": seed, "step": seen.step, "rank": seen.rank, "bound": width - 2}
                 reading_s = time.process_time() - began
                 for method in self.methods:
-                    told = dataclasses.replace(knowledge, batch_size=size) if method in SEARCHES else knowledge
+                    told = knowledge if method in COUNTING else dataclasses.replace(knowledge, batch_size=size)
                     answer, found = attempt(
                         seen, told, method=method, seed=seed, deadline_s=self.deadline_s, clock=time.process_time
                     )
@@ -186,6 +188,11 @@ class Sentences(Benchmark):
         }
 
     def _summary(self, method: str, size: int, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not rows:
+            raise GradtapError(
+                f"bench sentences: wanted ranks' gradients, the captures of jobs with batch size {size} show none "
+                f"(exchange {self.exchange}, defense {self.defense or 'none'}); ask gradtap inspect what one shows"
+            )
         within = [row for row in rows if row["tokens"] <= row["bound"]]
         answered = [row for row in within if row["exact"] is not None]
         tokens = sum(row["tokens"] for row in within)

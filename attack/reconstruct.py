@@ -177,7 +177,8 @@ def judge(target: Target, answer: Answer, context: Context) -> dict[str, Any]:
     if target.tokens is None:
         fields["predicted_mse"], against = _doubt(target, answer, tolerance, context)
     else:
-        against = doubt(target, inputs, answer.labels) if tolerance > COARSE else None
+        asked = tolerance > COARSE and not answer.rivals_ruled_out
+        against = doubt(target, inputs, answer.labels, context) if asked else None
     if against is not None:
         return fields | {"reason": against}
     frames = answer.film.frames

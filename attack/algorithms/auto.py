@@ -116,9 +116,10 @@ def _text(target: Target, context: Context) -> Answer:
             route[-1] += f": {answer.reason}"
         elif target.explained_by(answer.inputs, answer.labels):
             # What is known coarsely, a wrong text explains as well.
-            against = doubt(target, answer.inputs, answer.labels) if _coarse(target) else None
+            coarsely = _coarse(target)
+            against = doubt(target, answer.inputs, answer.labels, context) if coarsely else None
             if against is None:
-                best = answer
+                best = dataclasses.replace(answer, rivals_ruled_out=coarsely)
                 break
             route[-1] += f": {against}"
         else:

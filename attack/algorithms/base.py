@@ -56,6 +56,8 @@ class Answer:
     solved for that."""
     filled: bool = False
     """Whether a prior on pictures decided what the equations leave open; `reason` then says how much."""
+    rivals_ruled_out: bool = False
+    """Of text: whether `attack.engine.rivals.doubt` was asked already, and had none."""
     batch_size_read: bool = False
     """Whether the batch size was not told, but read from the gradient."""
     evaluations: int = 0

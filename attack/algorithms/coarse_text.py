@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attack.algorithms.base import Answer
 from attack.engine.context import Context, Progress
-from attack.engine.explained import Explained, Seen, gains
+from attack.engine.explained import COARSELY, Explained, Seen, gains, swaps
 from attack.engine.film import Film
 from attack.engine.labels import NoLabel
 from attack.engine.layout import Layout, watched
@@ -34,31 +34,38 @@ REPAIRS = 48
 """Texts tried behind the last reading, at most."""
 FAR = 5.0
 """Standard deviations from which on nothing is an error."""
+BEYOND = 1.75
+"""The same of errors that have a bound: it is sqrt(3) = 1.73 deviations, those of errors uniform within it."""
+STRAY = 1e-2
+"""Share of elements that may be within their bound, and not zero, for errors to count as having one. What rounding and
+pruning send is 0 or beyond; of what noise makes, most is within."""
 
 
 def coarse_text(target: Target, context: Context) -> Answer:
     """The tokens and labels of a batch of one."""
     if target.batch_size != 1:
         return Answer(inputs=None, labels=None, reason="a gradient known coarsely is read for one sentence alone")
+    film, seen = Film(), []
+    best: Explained | None = None
     try:
         reader = Reader(target)
         tokens = reader.first()
+        for evaluation in range(1, ROUNDS + 1):
+            found = Explained(target, reader.layout, tokens, reader.labels(tokens))
+            film.take(evaluation, found.residual, tokens)
+            left = context.seconds_left
+            context.progress(
+                Progress(method="coarse-text", evaluations=evaluation, residual=found.residual, seconds_left=left)
+            )
+            if best is None or found.misfit < best.misfit:
+                best = found
+            seen.append(tokens)
+            tokens = reader.again(found)
+            if not left or any(tokens.equal(one) for one in seen):
+                break
     except NoLabel as error:
-        return Answer(inputs=None, labels=None, reason=str(error))
-    film, best, seen = Film(), None, []
-    for evaluation in range(1, ROUNDS + 1):
-        found = Explained(target, reader.layout, tokens, reader.labels(tokens))
-        film.take(evaluation, found.residual, tokens)
-        left = context.seconds_left
-        context.progress(
-            Progress(method="coarse-text", evaluations=evaluation, residual=found.residual, seconds_left=left)
-        )
-        if best is None or found.misfit < best.misfit:
-            best = found
-        seen.append(tokens)
-        tokens = reader.again(found)
-        if not left or any(tokens.equal(one) for one in seen):
-            break
+        if best is None:
+            return Answer(inputs=None, labels=None, reason=str(error))
     assert best is not None
     best, tried = repaired(target, best, context)
     film.take(len(film.history) + 1, best.residual, best.tokens)
@@ -120,13 +127,13 @@ class Reader:
         if len(self._slopes) < len(own):
             slopes[len(self._slopes) :] = 0
         error = (self._error * off / (self._error + off)).mean()
-        left, variance = found.matrix(self.layout.words)
+        words = found.matrix(self.layout.words)
         tied = states if self.layout.tied else torch.zeros_like(states)
-        rows = left.index_add(0, found.tokens[0], own + tied)
-        sets = [(rows, variance + error, slopes + tied)]
+        rows = words.values.index_add(0, found.tokens[0], own + tied)
+        sets = [(rows, words.variance + error, slopes + tied)]
         if self._causal and not self.layout.tied:
-            head, errors = found.matrix(self.layout.head)
-            sets.append((head.index_add(0, found.tokens[0], states), errors, states))
+            head = found.matrix(self.layout.head)
+            sets.append((head.values.index_add(0, found.tokens[0], states), head.variance, states))
         return Sorter(sets, self._pad).rows()[None]
 
     def labels(self, tokens: Tensor) -> Tensor:
@@ -151,15 +158,14 @@ class Reader:
             if tokens:
                 state = -self._run(torch.tensor([tokens], device=rows.device))[0][0, -1] / count
             if self.layout.tied:
-                chosen = int(gains(rows, variance, (slope + state)[None]).argmax())
-                rows[chosen] -= slope + state
-            else:
-                scores = gains(rows, variance, slope[None]) + gains(
-                    head, self._head.variance + self._error, state[None]
-                )
-                chosen = int(scores.argmax())
-                rows[chosen] -= slope
-                head[chosen] -= state
+                slope = slope + state
+            scores = gains(rows, variance, slope[None])
+            if not self.layout.tied:
+                scores += gains(head, self._head.variance + self._error, state[None])
+            scores[self._pad] = -torch.inf
+            chosen = int(scores.argmax())
+            rows[chosen] -= slope
+            head[chosen] -= state
             tokens.append(chosen)
         return torch.tensor([tokens], device=rows.device)
 
@@ -210,7 +216,7 @@ class Sorter:
     """
 
     def __init__(self, sets: list[tuple[Tensor, Tensor, Tensor]], barred: int) -> None:
-        self._sets = [(rows.clone(), 1 / variance, vectors) for rows, variance, vectors in sets]
+        self._sets = [(rows.clone(), variance, vectors) for rows, variance, vectors in sets]
         self._barred = barred
         self._scores = torch.stack([gains(*each) for each in sets]).sum(0)
         self._scores[barred] = -torch.inf
@@ -242,31 +248,29 @@ class Sorter:
     def _put(self, vector: int, row: int, sign: int) -> None:
         """Takes a vector out of what is left of a row, or puts it back."""
         score = torch.zeros_like(self._scores[row])
-        for left, weights, vectors in self._sets:
+        for left, variance, vectors in self._sets:
             left[row] -= sign * vectors[vector]
-            score += 2 * (left[row] * weights[row]) @ vectors.T - vectors.square() @ weights[row]
+            score += gains(left[row, None], variance[row, None], vectors)[0]
         if row != self._barred:
             self._scores[row] = score
 
     def _swap(self, vector: int, chosen: list[int]) -> tuple[int, float]:
         """The vector that this one would best change rows with, and by how much that improves the match."""
         rows = torch.tensor(chosen, device=self._scores.device)
-        better = torch.zeros(self._count, dtype=torch.float64, device=rows.device)
-        for left, weights, vectors in self._sets:
-            change = vectors[vector] - vectors
-            for own, sign in ((rows[vector].expand_as(rows), 1), (rows, -1)):
-                better -= ((2 * sign * left[own] * change + change.square()) * weights[own]).sum(1)
+        better = torch.stack(
+            [swaps(left[rows], variance[rows], vectors, vector) for left, variance, vectors in self._sets]
+        ).sum(0)
         better[rows == rows[vector]] = -torch.inf
         other = int(better.argmax())
         return other, float(better[other])
 
 
 def length(places: Seen) -> int:
-    """Tokens of a sentence, by the rows of its positions that are no errors."""
+    """Tokens of a sentence, by the rows of its positions that are no errors; 0 where every row may be one."""
     errors = places.variance.sqrt()
-    rounded = ((places.values != 0) & (places.values.abs() <= 1.7 * errors)).float().mean() < 1e-2
-    if rounded:
-        used = (places.values.abs() > 1.75 * errors).any(1)
+    within = (places.values != 0) & (places.values.abs() <= COARSELY * errors)
+    if within.float().mean() < STRAY:
+        used = (places.values.abs() > BEYOND * errors).any(1)
     else:
         width = places.values.shape[1]
         used = (places.values / errors).square().sum(1) > width + FAR * (2 * width) ** 0.5

@@ -30,18 +30,23 @@ COARSELY = 1.7
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Seen:
-    """A matrix's gradient, as it was observed."""
+    """A parameter's gradient as it was observed, or what is left of it."""
 
     values: Tensor
-    """float64, shape (rows, width)."""
+    """float64, the parameter's shape."""
     variance: Tensor
-    """float64, the same shape: of each element's error; infinite where it is not known."""
+    """The same: of each element's error; infinite where it is not known."""
 
     @classmethod
-    def of(cls, target: Target, name: str) -> Seen:
-        """Of the parameter of that name."""
+    def of(cls, target: Target, name: str, *, left: Tensor | None = None) -> Seen:
+        """Of the parameter of that name.
+
+        Args:
+            left: what is left of the whole gradient, shape (parameters,).
+        """
         at = [each for each, _ in target.model.named_parameters()].index(name)
-        return cls(values=target.tensors(target.gradient)[at], variance=target.tensors(target.noise)[at].square())
+        values = target.gradient if left is None else left
+        return cls(values=target.tensors(values)[at], variance=target.tensors(target.noise)[at].square())
 
 
 def gains(rows: Tensor, variance: Tensor, vectors: Tensor) -> Tensor:
@@ -72,6 +77,22 @@ def moves(left: Tensor, variance: Tensor, vectors: Tensor, rows: Tensor) -> Tens
     found = gains(left, variance, vectors) - taken
     found[rows, torch.arange(len(rows), device=rows.device)] = -torch.inf
     return found
+
+
+def swaps(left: Tensor, variance: Tensor, vectors: Tensor, which: int) -> Tensor:
+    """By how much the match improves where a vector changes rows with another; not for two that are in one row.
+
+    Args:
+        left: what its row leaves unexplained, of each vector, shape (n, width).
+        variance: the same shape.
+        vectors: shape (n, width).
+        which: the one vector.
+
+    Returns: shape (n,).
+    """
+    change = vectors[which] - vectors
+    own = (2 * left[which] * change + change.square()) / variance[which]
+    return -(own + (change.square() - 2 * left * change) / variance).sum(1)
 
 
 class Explained:
@@ -125,9 +146,10 @@ class Explained:
 
     @functools.cached_property
     def errors(self) -> float:
-        """Mean square of what is left, in units of the errors' variance; 1 where that is less."""
-        left, variance = self.matrix(self.layout.words)
-        own = (left.square() / variance).sum() / variance.isfinite().sum().clamp(min=1)
+        """Mean square of what is left, in units of the errors' variance: that of the word embeddings' elements or that
+        of all known ones, whichever is larger; 1 where both are less."""
+        words = self.matrix(self.layout.words)
+        own = (words.values.square() / words.variance).sum() / words.variance.isfinite().sum().clamp(min=1)
         return max(1.0, float(own), self.misfit / float(self._target.known.sum()))
 
     def vectors(self, slopes: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,37 +174,36 @@ class Explained:
         rows = self.tokens[self.real]
         found = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
         for left, variance, vectors in self._sets():
-            rest, weights = left[rows], 1 / variance[rows]
-            for one, vector in enumerate(vectors):
-                change = vector - vectors
-                found[one] -= ((2 * rest[one] * change + change.square()) * weights[one]).sum(1)
-                found[one] -= ((change.square() - 2 * rest * change) * weights).sum(1)
+            found += torch.stack([swaps(left[rows], variance[rows], vectors, one) for one in range(len(rows))])
         later = torch.ones_like(found, dtype=torch.bool).triu(1)
         return found.masked_fill(~later | (rows == rows[:, None]), -torch.inf)
 
     def _sets(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Matrices that the tokens stand in: what is left of the rows, the variance of its errors, and the vectors."""
         slopes, states = self.vectors(self.slopes)
-        left, variance = self.matrix(self.layout.words)
+        words = self.matrix(self.layout.words)
         if self.layout.tied or not self.causal:
-            return [(left, variance, slopes + states)]
-        return [(left, variance, slopes), (*self.matrix(self.layout.head), states)]
+            return [(words.values, words.variance, slopes + states)]
+        head = self.matrix(self.layout.head)
+        return [(words.values, words.variance, slopes), (head.values, head.variance, states)]
 
     def better_labels(self) -> Tensor:
         """The same for another label in each place that has one, shape (labels there are, labels of the batch); of a
         causal language model none, as its labels are its tokens."""
-        left, variance = self.matrix(self.layout.head)
-        return moves(left, variance, -self.share * self.states[self.asked], self.labels[self.asked])
+        if self.causal:
+            return torch.zeros(0, len(self.labels), dtype=torch.float64, device=self.labels.device)
+        head = self.matrix(self.layout.head)
+        return moves(head.values, head.variance, -self.share * self.states[self.asked], self.labels[self.asked])
 
     def better_places(self) -> Tensor:
         """The same for each label in a place that has none, shape (places without, labels of the batch); only of a
         masked language model there are such places."""
         if not self.masked:
             return torch.zeros(0, len(self.labels), dtype=torch.float64, device=self.labels.device)
-        left, variance = self.matrix(self.layout.head)
+        head = self.matrix(self.layout.head)
         rows, free = self.labels[self.asked], self.states[self.real & ~self.asked]
         vectors = self.share * (self.states[self.asked] - free[:, None])
-        return ((2 * left[rows] * vectors - vectors.square()) / variance[rows]).sum(2)
+        return ((2 * head.values[rows] * vectors - vectors.square()) / head.variance[rows]).sum(2)
 
     @property
     def real(self) -> Tensor:
@@ -200,7 +221,6 @@ class Explained:
         """Of each label in the mean that the loss is."""
         return 1 / int(self.asked[:, 1:].sum() if self.causal else self.asked.sum())
 
-    def matrix(self, name: str) -> tuple[Tensor, Tensor]:
-        """What is left of a parameter's gradient, and the variance of its errors."""
-        at = [each for each, _ in self._target.model.named_parameters()].index(name)
-        return self._target.tensors(self.left)[at], self._target.tensors(self._target.noise)[at].square()
+    def matrix(self, name: str) -> Seen:
+        """What is left of a parameter's gradient."""
+        return Seen.of(self._target, name, left=self.left)

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from attack.engine.context import Context
 from attack.engine.explained import Explained
 from attack.engine.labels import NoLabel
 from attack.engine.layout import Layout
 from attack.engine.target import Target
+from harness.models import IGNORED
 
 SURE = 60.0
 """Evidence from which on a rival is ruled out: there are some 1e6 of them, each then as likely as 1e-13."""
@@ -32,7 +34,7 @@ Text = tuple[Tensor, Tensor]
 """Tokens and labels."""
 
 
-def doubt(target: Target, tokens: Tensor, labels: Tensor) -> str | None:
+def doubt(target: Target, tokens: Tensor, labels: Tensor, context: Context) -> str | None:
     """Why a text that matches is not proven, in one line; None where every rival is ruled out."""
     try:
         found = Explained(target, Layout.of(target), tokens, labels)
@@ -44,6 +46,8 @@ def doubt(target: Target, tokens: Tensor, labels: Tensor) -> str | None:
     if count > len(rivals):
         return f"{count:,} texts with one other token or label match about as well"
     for text in rivals:
+        if not context.seconds_left:
+            return "the deadline passed before all texts that are nearly alike were looked at"
         if (Explained(target, found.layout, *text).misfit - found.misfit) / found.errors < SURE:
             return "the gradient matches, but so does another text"
     return None
@@ -70,7 +74,7 @@ def _tables(found: Explained) -> list[tuple[Tensor, Callable[[int, int], Text]]]
     free = (found.real & ~found.asked).nonzero() if found.masked else places[:0]
 
     def retold(tokens: Tensor) -> Text:
-        return tokens, tokens if found.causal else found.labels
+        return tokens, tokens.masked_fill(~found.real, IGNORED) if found.causal else found.labels
 
     def token(row: int, place: int) -> Text:
         return retold(found.tokens.index_put(tuple(places[place]), torch.tensor(row)))
@@ -86,7 +90,9 @@ def _tables(found: Explained) -> list[tuple[Tensor, Callable[[int, int], Text]]]
         pair = torch.stack([asked[which], free[place]]).unbind(1)
         return found.tokens, found.labels.index_put(pair, found.labels[pair].flip(0))
 
-    tables = [(found.better_tokens(), token), (found.better_swaps(), swap)]
-    if not found.causal:
-        tables += [(found.better_labels(), label), (found.better_places(), move)]
-    return tables
+    return [
+        (found.better_tokens(), token),
+        (found.better_swaps(), swap),
+        (found.better_labels(), label),
+        (found.better_places(), move),
+    ]

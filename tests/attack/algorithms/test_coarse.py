@@ -180,10 +180,10 @@ def test_two_examples_are_not_one():
         read_coarsely(target, last, mean=0.5, variance=1 / 12)
 
 
-def in_steps(spec: str, seen: Observation, steps: int) -> Observation:
+def in_steps(spec: str, seen: Observation, steps: int, *, model: str = LENET) -> Observation:
     """What a rank sends of one batch at several steps, under a defense that remembers."""
     sizes = tuple(torch.Size(shape).numel() for shape in seen.shapes)
-    chain = load_defense(spec).fit(load_model(LENET))
+    chain = load_defense(spec).fit(load_model(model))
     state, found = chain.begin(sizes), []
     for step in range(steps):
         coded, state = chain(seen.gradient.clone(), sizes, state, seed=3, rank=0, step=step)

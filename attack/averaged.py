@@ -4,8 +4,9 @@
     rounding by chance mean of T steps, each at one of two neighboring levels; how often at which says how far off it is
 
 In: an observation, and those of other steps beside it. Out: an observation of one gradient, with the bound that an
-error uniform within it would have at that variance. Only while the weights stay; what is drawn nowhere, as rounding to
-the nearest, is the same at each step, and no better for it. Knows no model.
+error uniform within it would have at that variance, and by how far the gradient may have come while the weights moved.
+Only while these stay; what is drawn nowhere, as rounding to the nearest, is the same at each step, and no better for
+it. Knows no model.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attack.defense import PublicDefense
-from attack.feedback import STILL, movement
+from attack.feedback import STILL, drift, movement
 from attack.observation import Known, Observation
 
 MEDIAN = 5
@@ -31,13 +32,14 @@ def average(observation: Observation, *, examples: int = 1) -> Observation:
     """One gradient by all of its draws; the observation itself where there are none to put together.
 
     Args:
+        observation: in the parameters' shapes.
         examples: of the batch, over which noise on a sum of examples is spread.
     """
     defense = PublicDefense.read(observation.defense or "")
     noise = defense.noise_of(examples)
     if defense.keeps or defense.prunes or defense.rank or not (noise or defense.draws):
         return observation
-    steps = [step for step in (observation, *observation.again) if _alike(step, observation)]
+    steps = [step for step in (observation, *observation.again) if _alike(step, observation, defense)]
     if len(steps) < 2:
         return observation
     count = len(steps)
@@ -56,21 +58,23 @@ def average(observation: Observation, *, examples: int = 1) -> Observation:
     if not defense.draws:
         variance = variance + cell.square() / 3
     used = {step.step for step in steps}
+    known = torch.stack([step.limited for step in steps]).all(0)
     return dataclasses.replace(
         observation,
-        gradient=mean,
-        known=torch.full_like(observation.known, int(Known.CODED)),
-        bound=(3 * variance).sqrt(),
+        gradient=torch.where(known, mean, 0.0),
+        known=torch.where(known, int(Known.CODED), int(Known.UNKNOWN)).to(torch.uint8),
+        bound=torch.hypot((3 * variance).sqrt(), drift(mean, steps)),
         defense=None,
         joined=tuple(sorted(used - {observation.step})),
         again=tuple(step for step in observation.again if step.step not in used),
     )
 
 
-def _alike(step: Observation, first: Observation) -> bool:
-    """Whether a step is another draw of the first one's gradient, all of which is known within bounds."""
+def _alike(step: Observation, first: Observation, defense: PublicDefense) -> bool:
+    """Whether a step is another draw of the first one's gradient, all of which is known within bounds, but for columns
+    that were left out."""
     still = step.weights is not None and first.weights is not None and movement([first, step]) <= STILL
-    return still and step.defense == first.defense and bool(step.limited.all())
+    return still and step.defense == first.defense and (defense.columns or bool(step.limited.all()))
 
 
 def _median(values: Tensor) -> Tensor:

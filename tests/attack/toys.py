@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,10 +101,20 @@ def observe_gradient(model: nn.Module, gradient: Tensor, **changes: Any) -> Obse
 
 
 def defended(
-    spec: str, steps: int = 1, *, name: str = "convolution", seed: int = 0, batch: int = 1
+    spec: str,
+    steps: int = 1,
+    *,
+    name: str = "convolution",
+    seed: int = 0,
+    batch: int = 1,
+    left_out: Sequence[int] = (),
 ) -> tuple[Observation, Tensor]:
-    """One gradient at so many steps, as a receiver makes it of what a defense sends, and the gradient itself."""
+    """One gradient at so many steps, as a receiver makes it of what a defense sends, and the gradient itself; of the
+    last layer's weights, these columns are sent as 0."""
     plain = observe(*example(name, seed=seed, batch=batch))
+    gradient = plain.gradient.double()
+    rows, columns = plain.shapes[-2]
+    plain.gradient[-rows * (columns + 1) : -rows].view(rows, columns)[:, list(left_out)] = 0
     sizes = tuple(math.prod(shape) for shape in plain.shapes)
     chain, seen = load_defense(spec), []
     state = chain.begin(sizes)
@@ -116,7 +127,7 @@ def defended(
         known = torch.full_like(plain.known, int(Known.RAW if bound is None else Known.CODED))
         values = torch.from_numpy(said.values.copy())
         seen.append(dataclasses.replace(plain, step=step, gradient=values, known=known, bound=bound, defense=spec))
-    return dataclasses.replace(seen[0], again=tuple(seen[1:])), plain.gradient.double()
+    return dataclasses.replace(seen[0], again=tuple(seen[1:])), gradient
 
 
 def unhurried(*, seed: int = 0) -> Context:

@@ -101,6 +101,8 @@ class Reader:
         used = length(self._places)
         if not used:
             raise NoLabel("the gradient of the position embeddings does not say how long the sentence is")
+        if self._causal and used == len(self._places.values):
+            raise NoLabel("the last position has a slope, and a causal model asks for no token behind it")
         self._slopes = self._places.values[:used]
         self._error = float(self._places.variance[:used].mean())
 

@@ -41,8 +41,8 @@ class Layout:
     def of(cls, target: Target) -> Layout:
         """Raises: NoLabel."""
         names = [name for name, _ in target.model.named_parameters()]
-        words = _ending(names, r"(word_embeddings|wte)\.weight", "word embeddings")
-        positions = _ending(names, r"(position_embeddings|wpe)\.weight", "position embeddings")
+        words = ending(names, r"(word_embeddings|wte)\.weight", "word embeddings")
+        positions = ending(names, r"(position_embeddings|wpe)\.weight", "position embeddings")
         bias: str | None
         if target.loss is LOSSES["cross_entropy"]:
             layer = next(
@@ -61,11 +61,19 @@ class Layout:
             head = next((name for name in names if re.search(r"(lm_head|predictions\.decoder)\.weight$", name)), words)
             bias = next((name for name in names if re.search(r"predictions\.(decoder\.)?bias$", name)), None)
             modules = [name for name, _ in target.model.named_modules()]
-            states = _ending(modules, r"(predictions\.transform\.LayerNorm|ln_f)", "layer norm before the last layer")
+            states = ending(modules, r"(predictions\.transform\.LayerNorm|ln_f)", "layer norm before the last layer")
         return cls(words=words, positions=positions, head=head, bias=bias, states=states)
 
 
-def _ending(names: list[str], pattern: str, what: str) -> str:
+def ending(names: list[str], pattern: str, what: str) -> str:
+    """The last name that ends like this.
+
+    Args:
+        pattern: of whole parts of a name, between dots.
+        what: for the error: what is called so.
+
+    Raises: NoLabel.
+    """
     found = [name for name in names if re.search(rf"(^|\.){pattern}$", name)]
     if not found:
         raise NoLabel(f"the model has no {what} by the name that BERT's or GPT-2's have")

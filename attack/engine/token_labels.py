@@ -8,7 +8,6 @@ least squares: what the loss says of that layer's output. Next to the last layer
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attack.engine.labels import NoLabel
+from attack.engine.layout import ending
 from attack.engine.target import Target
 from harness.models import IGNORED, LOSSES
 
@@ -83,7 +83,7 @@ def _classes(target: Target, sentences: list[Tensor]) -> Tensor:
 
 def _masked(target: Target, sentences: list[Tensor]) -> Tensor:
     """int64, shape (batch, longest), `IGNORED` where nothing was asked for."""
-    name = _only(target, r"predictions\.transform\.dense$")
+    name = _layer(target, r"predictions\.transform\.dense", "layer before the last")
     seen = _run(target, sentences, name)
     real = padded([torch.ones_like(row) for row in sentences], 0).bool()
     slopes = _solved(target, name, seen.inputs[real])
@@ -91,7 +91,7 @@ def _masked(target: Target, sentences: list[Tensor]) -> Tensor:
     asked = sizes > FAINT * sizes.max()
     count = int(asked.sum())
     logits = seen.logits[real][asked]
-    bias = _gradient(target, _only_parameter(target, r"predictions\.(decoder\.)?bias$"))
+    bias = _gradient(target, _parameter(target, r"predictions\.(decoder\.)?bias", "bias of the last layer"))
     counts = (logits.detach().softmax(1).sum(0) - count * bias).round().long().clamp(min=0)
     tokens = torch.arange(len(bias), device=bias.device).repeat_interleave(counts)
     if len(tokens) != count:
@@ -116,7 +116,7 @@ def _ended(target: Target, sentences: list[Tensor], generator: torch.Generator) 
     leave is -h_n / all in the row of each. Where that layer is the word embeddings as well, the rows of words that
     occur hold more than that; for these, the layer before the last norm decides.
     """
-    behind = _run(target, sentences, _only(target, r"ln_f$"))
+    behind = _run(target, sentences, _last_norm(target))
     real = padded([torch.ones_like(row) for row in sentences], 0).bool()
     last = torch.tensor([len(row) for row in sentences]).cumsum(0) - 1
     weight, tied = _last_weight(target)
@@ -140,8 +140,8 @@ def _last_block(
 ) -> Tensor:
     """The label of each sentence's last state, among `words`, by the gradient of the last block's output, shape
     (batch,)."""
-    block = max(int(match[1]) for match in _matches(target, r"h\.(\d+)\.mlp\.c_proj$"))
-    name, norm = _only(target, rf"h\.{block}\.mlp\.c_proj$"), target.model.get_submodule(_only(target, r"ln_f$"))
+    name = _layer(target, r"h\.\d+\.mlp\.c_proj", "feed-forward layers")
+    norm = target.model.get_submodule(_last_norm(target))
     real = padded([torch.ones_like(row) for row in sentences], 0).bool()
     inputs = _run(target, sentences, name).inputs[real]
     slopes = _solved(target, name, inputs, transposed=True)[last] * int(real.sum())
@@ -196,22 +196,16 @@ def _gradient(target: Target, name: str) -> Tensor:
 def _last_weight(target: Target) -> tuple[str, bool]:
     """The name of the language model's last weights, and whether they are the word embeddings."""
     own = next((name for name, _ in target.model.named_parameters() if name.endswith("lm_head.weight")), None)
-    return own or _only_parameter(target, r"wte\.weight$"), own is None
+    return own or _parameter(target, r"wte\.weight", "word embeddings"), own is None
 
 
-def _matches(target: Target, pattern: str) -> list[re.Match[str]]:
-    found = [match for name, _ in target.model.named_modules() if (match := re.search(pattern, name))]
-    if not found:
-        raise NoLabel(f"the model has no layer {pattern}")
-    return found
+def _last_norm(target: Target) -> str:
+    return _layer(target, r"ln_f", "layer norm before the last layer")
 
 
-def _only(target: Target, pattern: str) -> str:
-    return _matches(target, pattern)[-1].string
+def _layer(target: Target, pattern: str, what: str) -> str:
+    return ending([name for name, _ in target.model.named_modules()], pattern, what)
 
 
-def _only_parameter(target: Target, pattern: str) -> str:
-    found = [name for name, _ in target.model.named_parameters() if re.search(pattern, name)]
-    if not found:
-        raise NoLabel(f"the model has no parameter {pattern}")
-    return found[-1]
+def _parameter(target: Target, pattern: str, what: str) -> str:
+    return ending([name for name, _ in target.model.named_parameters()], pattern, what)

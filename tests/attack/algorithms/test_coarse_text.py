@@ -83,15 +83,30 @@ def test_several_sentences_are_not_read_coarsely() -> None:
     assert found.status is Status.NOT_CONVERGED and "one sentence" in str(found.reason)
 
 
-def unseen(seen: Observation, spec: str, name: str) -> Observation:
-    """The same, with a hole where the parameter of a name that ends so was sent."""
-    known, at = seen.known.clone(), 0
+def part(spec: str, name: str) -> slice:
+    """Where in the flat vector the parameter is whose name ends so."""
+    at = 0
     for each, parameter in load_model(spec).named_parameters():
         if each.endswith(name):
-            known[at : at + parameter.numel()] = 0
+            return slice(at, at + parameter.numel())
         at += parameter.numel()
-    assert not known.equal(seen.known)
+    raise AssertionError(name)
+
+
+def unseen(seen: Observation, spec: str, name: str) -> Observation:
+    """The same, with a hole where that parameter was sent."""
+    known = seen.known.clone()
+    known[part(spec, name)] = 0
     return dataclasses.replace(seen, known=known)
+
+
+def test_a_causal_sentence_has_no_slope_in_the_last_position() -> None:
+    seen, knowledge, _ = sent("gpt2", "causal_lm", "fp16", seed=0, length=24)
+    assert reconstruct(seen, knowledge, method="coarse-text", deadline_s=60).status is Status.CONVERGED
+    gradient = seen.gradient.clone()
+    gradient[part(knowledge.model, "wpe.weight")] = 0.01
+    found = reconstruct(dataclasses.replace(seen, gradient=gradient), knowledge, method="coarse-text", deadline_s=60)
+    assert found.status is Status.NOT_CONVERGED and "the last position has a slope" in str(found.reason)
 
 
 def test_labels_that_the_last_bias_does_not_name_are_a_reason() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
 from attack.engine.context import Context
 from attack.engine.explained import Explained, swaps
-from attack.engine.labels import NoLabel
 from attack.engine.layout import Layout
 from attack.engine.rivals import closest, doubt
 from attack.engine.target import Target, prepare
@@ -80,9 +77,3 @@ def test_a_swap_is_worth_what_it_takes_off_the_rows() -> None:
         found = swaps(left, variance, vectors, one)
         wanted = [misfit(torch.zeros_like(vectors)) - misfit(other(one, two)) for two in range(4)]
         assert found.tolist() == pytest.approx(wanted)
-
-
-def test_a_model_with_other_names_is_told_so_in_words() -> None:
-    target, _ = coarsely([9])
-    with pytest.raises(NoLabel, match="has no word embeddings by the name"):
-        Layout.of(dataclasses.replace(target, model=torch.nn.Linear(2, 2)))

@@ -92,10 +92,10 @@ class Kept:
         content = safetensors.torch.save(tensors, {KEY: json.dumps(document)})
         write_atomically(self._path(victim), content, durable=True)
 
-    def check(self) -> None:
-        """Raises: AttackError: something in the folder answers another question."""
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._document(path)
+    def digests(self) -> frozenset[str]:
+        """Of the victims that are kept. Raises: AttackError: something in the folder answers another question."""
+        documents = map(self._document, sorted(self.folder.glob("*.safetensors")))
+        return frozenset(document["digest"] for document in documents if document is not None)
 
     def status(self, victim: Victim) -> Status | None:
         """How a victim ended; None where it is not kept.

@@ -205,29 +205,27 @@ def attack_all(
         process but the first.
 
     Raises: AttackError: the plan or the knowledge cannot be, or an interrupted attack that asked something else is in
-        the way. AnswerError: an attacking process died. KeyboardInterrupt, saying what is kept.
+        the way. AnswerError: an attacking process died, or those of the other shares have finished no victim for so
+        long that they must have ended. KeyboardInterrupt, saying what is kept.
     """
     share = share or Share()
     plan = share.plan(plan or Plan())
     device = pick_device(plan.device)
     began = time.monotonic()
     kept = Kept(out=out, question=_question(plan, device, knowledge), overwrite=overwrite)
-    kept.check()  # an answer in the way is found now, not after all the work
+    before = kept.digests()  # an answer in the way is found now, not after all the work
     news = _News(listener)
     line = _Line(observations, share, news)
     # By all that there are, though some be kept: one thread each or many can change an answer's last bits.
     parallel = plan.parallel if line.several and (device.type == "cpu" or plan.processes) else 1
-    resumed = 0
     left: list[Victim] = []
 
     def tasks() -> Iterator[_Task]:
-        nonlocal resumed
         for victim, observation in line.tasks():
             if (status := kept.status(victim)) is None:
                 left.append(victim)
                 yield victim, observation
             else:
-                resumed += 1
                 news.ended(victim, status, kept=True)
 
     try:
@@ -235,8 +233,7 @@ def attack_all(
         if share.rank:
             return None
         others = [victim for victim in line.victims if victim not in line.mine]
-        resumed += sum(kept.status(victim) is not None for victim in others)
-        _wait_for(others, kept, news, patience_s=2 * plan.deadline_s + PATIENCE_S)
+        _wait_for(others, kept, before, news, patience_s=2 * plan.deadline_s + PATIENCE_S)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {_what_is_kept(line, kept)}") from None
     except WorkerDied as error:
@@ -252,7 +249,7 @@ def attack_all(
         "deadline_s": plan.deadline_s,
         "processes": min(parallel, max(1, len(line.mine))),
         "ranks": share.size,
-        "resumed": resumed,
+        "resumed": sum(victim.digest in before for victim in victims),
         "seconds": time.monotonic() - began,
         "knowledge": knowledge.summary(),
         "victims": [
@@ -347,8 +344,9 @@ def _attack_each(
         news.ended(task[0], attack(task, functools.partial(news.told, task[0])))
 
 
-def _wait_for(victims: Sequence[Victim], kept: Kept, news: _News, *, patience_s: float) -> None:
-    """Until the other processes have kept these. Raises: AnswerError: for so long none has come."""
+def _wait_for(victims: Sequence[Victim], kept: Kept, before: frozenset[str], news: _News, *, patience_s: float) -> None:
+    """Until the other processes have kept these, or had done so before. Raises: AnswerError: for so long none has
+    come."""
     missing, heard = list(victims), time.monotonic()
     while missing:
         still = []
@@ -357,7 +355,7 @@ def _wait_for(victims: Sequence[Victim], kept: Kept, news: _News, *, patience_s:
             if status is None:
                 still.append(victim)
             else:
-                news.ended(victim, status)
+                news.ended(victim, status, kept=victim.digest in before)
         if len(still) < len(missing):
             missing, heard = still, time.monotonic()
         elif time.monotonic() - heard > patience_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import weakref
 from collections.abc import Iterator
@@ -123,6 +124,24 @@ def test_shares_meet_at_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     together = attack_all(seen, knowledge, tmp_path / "attack", plan=plan, share=shares[0])
     assert whole is not None and together is not None
     assert untimed(together) == untimed(whole) and (together["ranks"], together["resumed"]) == (3, 4)
+
+
+def test_what_another_share_finishes_meanwhile_was_not_done_before(tmp_path: Path) -> None:
+    seen, inputs = victims_of_every_fate(tmp_path)
+    attack = functools.partial(
+        attack_all, seen, told("convolution", inputs), tmp_path / "attack", plan=Plan(processes=1, deadline_s=30)
+    )
+    heard: list[VictimProgress] = []
+
+    def other_share_works(news: VictimProgress) -> None:
+        if not heard:
+            heard.append(news)
+            attack(share=Share(rank=1, size=2))
+        heard.append(news)
+
+    answer = attack(share=Share(size=2), listener=other_share_works)
+    assert answer is not None and (answer["ranks"], answer["resumed"]) == (2, 0)
+    assert not any(news.kept for news in heard)
 
 
 def test_each_rank_takes_its_part_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,9 +171,11 @@ class Frontier(Command):
 
     def _prose(self) -> Prose:
         """Raises: ConfigError."""
-        if not isinstance(load_data(self.text_data), TextSet):
+        sentences = load_data(self.text_data)
+        if not isinstance(sentences, TextSet):
             raise ConfigError(f"frontier: --text-data: wanted sentences, got {self.text_data}")
-        return Prose(model=self.text_model, loss=self.text_loss, data=self.text_data, tokenizer="minilm")
+        tokenizer = sentences.tokenizer.name
+        return Prose(model=self.text_model, loss=self.text_loss, data=self.text_data, tokenizer=tokenizer)
 
     def _late(self, began: float) -> bool:
         return self.time_limit_s is not None and time.monotonic() - began >= self.time_limit_s

@@ -10,6 +10,7 @@ import pytest
 
 from attack.frontier.leak import Plan
 from harness.errors import ConfigError
+from harness.models.tokens import minilm_folder
 from nodes.commands.frontier import Frontier
 from nodes.frontier import Cell, Prose, Sweep, read_cell, slug, units
 
@@ -63,6 +64,12 @@ def test_sentences_are_a_question_of_their_own(tmp_path):
     assert text.question("trained") == asked.question("trained")
     assert text.question("text")["text"]["loss"] == "causal_lm" and "model" not in text.question("text")
     assert [cell.stage for cell in units(("int8",), 1, ("text",))[0]] == ["text"]
+
+
+def test_sentences_are_read_by_the_tokenizer_of_their_own_data():
+    own = str(minilm_folder() / "tokenizer.json")
+    assert Frontier(text_data=f"prose:length=8,tokenizer={own}")._prose().tokenizer == own
+    assert Frontier(text_data="prose:length=8")._prose().tokenizer == "minilm"
 
 
 def test_units_cover_all_and_train_before_what_needs_it():

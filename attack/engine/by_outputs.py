@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attack.engine.chain import Link
-from attack.engine.factor import Factor, lower_product
+from attack.engine.factor import Cholesky, lower_product
 from attack.engine.layers import phases, pull_back, push, push_covariance, push_each
 
 KNOWN = 1e-3
@@ -46,12 +46,12 @@ class ByOutputs:
 
         noise = push_covariance(link, self._covariance, self._weight)
         noise.diagonal().add_(1 / says)
-        self._noise = Factor(noise, link)
+        self._noise = Cholesky(noise, link)
         self._forward_open = push_each(link, self._open.T, self._weight).flatten(1)  # F_o
         forward = self._noise.forward(self._forward_open.T)
         matrix = lower_product(forward, forward)
         matrix.diagonal().add_(values[opened].float().repeat(self._channels))
-        self._matrix = Factor(matrix, link)
+        self._matrix = Cholesky(matrix, link)
 
     def solve(self, right: Tensor, rows: Tensor) -> Tensor:
         """The inverse times `right` + E'`rows`: (vectors, inputs), (vectors, channels, rows) -> (vectors, inputs)."""

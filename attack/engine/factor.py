@@ -27,7 +27,9 @@ def lower_product(rows: Tensor, others: Tensor) -> Tensor:
     """rows @ others.T, but not what is far above the diagonal, which no Cholesky factorization reads: that is not set.
 
     Args:
-        others: as many.
+        rows, others: shape (rows, elements), as many of both.
+
+    Returns: shape (rows, rows).
     """
     product = rows.new_empty(len(rows), len(rows))
     size = max(1, -(-len(rows) // PARTS))
@@ -48,8 +50,8 @@ def inverse_factor(matrix: Tensor, link: Link) -> Tensor:
     return torch.linalg.solve_triangular(factor, torch.eye(len(matrix)).to(factor), upper=False)
 
 
-class Factor:
-    """L, of a matrix of which the lower triangle alone is read; it is overwritten.
+class Cholesky:
+    """L, of a matrix, shape (elements, elements), of which the lower triangle alone is read; it is overwritten.
 
     Raises: NoChain, where the matrix is not positive in its precision.
     """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.engine.chain import Link
-from attack.engine.factor import Factor, inverse_factor, lower_product
+from attack.engine.factor import Cholesky, inverse_factor, lower_product
 from attack.engine.layers import one_output_row, pull_back, rows_touched
 
 DAMPING = 1e-5
@@ -60,7 +60,7 @@ class Stripes:
         self._rows = self._forward(self._of_one_channel(rows.float()), self._shape[0] * len(rows))  # H'
         gram = lower_product(self._rows, self._rows)
         gram.diagonal().add_(1)
-        self._gram = Factor(gram, link)
+        self._gram = Cholesky(gram, link)
 
     def solve(self, right: Tensor, rows: Tensor) -> Tensor:
         """The inverse times `right` + E'`rows`: (vectors, inputs) and (vectors, channels, rows) -> (vectors, inputs).

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attack.engine.chain import NoChain, trace
-from attack.engine.factor import BLOCK, Factor, lower_product
+from attack.engine.factor import BLOCK, Cholesky, lower_product
 
 (LINK,) = trace(nn.Sequential(nn.Linear(2, 3)), (2,))
 
@@ -20,7 +20,7 @@ def test_factor_solves_as_lapack_does(size):
     lower = lower_product(rows, rows)
     lower.diagonal().add_(1)
     assert torch.allclose(lower.tril(), gram.tril())
-    factor, right = Factor(lower, LINK), torch.randn(2, size, dtype=torch.float64, generator=generator)
+    factor, right = Cholesky(lower, LINK), torch.randn(2, size, dtype=torch.float64, generator=generator)
     exact = torch.linalg.cholesky(gram)
     assert torch.allclose(factor.forward(right) @ exact.T, right)
     assert torch.allclose(factor.backward(right) @ exact, right)
@@ -29,4 +29,4 @@ def test_factor_solves_as_lapack_does(size):
 
 def test_matrix_that_is_not_positive_has_no_factor():
     with pytest.raises(NoChain, match=f"layer {LINK.name}: its equations are too ill-conditioned"):
-        Factor(-torch.eye(3), LINK)
+        Cholesky(-torch.eye(3), LINK)

@@ -6,6 +6,7 @@ An exchange is a row of `KINDS`; a job is a module-level function that takes a `
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import multiprocessing
 import os
 import threading
@@ -65,6 +66,13 @@ class Place:
         if self.kind == "zeromq ranks serve":
             return ZeroMQExchange.among_ranks(meeting, deadline_s=self.deadline_s)
         return {"allreduce": AllReduceExchange, "ddp": DDPExchange}[self.kind](meeting, deadline_s=self.deadline_s)
+
+    def meet(self) -> None:
+        """Blocks until every rank is here. Once; not for `local`."""
+        store = dist.TCPStore("127.0.0.1", self.store_port, is_master=False)
+        store.set(f"rank {self.rank} is here", "")
+        everyone = [f"rank {rank} is here" for rank in range(self.world_size)]
+        store.wait(everyone, datetime.timedelta(seconds=PATIENCE_S))
 
 
 def run_ranks(

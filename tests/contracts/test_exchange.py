@@ -128,9 +128,10 @@ def stop_answering(place: Place, how: str) -> tuple[str, str, float]:
     exchange = place.open()
     exchange.start(Model(1000, seed=0), step=0)
     exchange.average(torch.ones(1000), step=0)
+    if how == "dies":
+        place.meet()  # where ranks serve, it would take with it what others are still to be sent
     if place.rank == place.world_size - 1:
         if how == "dies":
-            time.sleep(DEADLINE_S / 4)  # where ranks serve, it would take with it what others are still to be sent
             os._exit(1)
         time.sleep(DEADLINE_S + 1.0)  # longer than all others wait
     begin = time.monotonic()

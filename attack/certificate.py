@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import deque
+from collections.abc import Iterator
 
 import scipy.stats
 import torch
@@ -99,9 +101,17 @@ def _by_replays(target: Target, answer: Answer, context: Context) -> float:
     Raises: NoChain, NoFeatures, OutOfTime: what the method does not solve again once.
     """
     assert answer.again is not None and answer.labels is not None and answer.inputs is not None
-    inputs, belief = answer.inputs, answer.belief
+    inputs, labels, belief = answer.inputs, answer.labels, answer.belief
     errors: list[Tensor] = []
     residuals: list[float] = []
+    asked: deque[tuple[Tensor, Target]] = deque()
+
+    def moved(upto: int) -> Iterator[Target]:
+        for replay in range(len(errors), upto):
+            truth = _truth(target, inputs, answer, replay, context)
+            asked.append((truth, target.replay(truth, labels, generator=context.generator)))
+            yield asked[-1][1]
+
     shared = math.inf if belief is None else _freedom(belief.samples - belief.mean)
     least = REPLAYS
     if belief is not None:
@@ -109,19 +119,17 @@ def _by_replays(target: Target, answer: Answer, context: Context) -> float:
         least = next((number for number in numbers if _quantile(shared, number) <= ENOUGH), MAX_REPLAYS)
     quantile = math.inf
     while len(errors) < least or (quantile > ENOUGH and len(errors) < MAX_REPLAYS):
-        count = max(1, least - len(errors)) if answer.all_again else 1
-        truths = [_truth(target, inputs, answer, len(errors) + one, context) for one in range(count)]
-        moved = [target.replay(truth, answer.labels, generator=context.generator) for truth in truths]
         try:
-            found = answer.all_again(moved) if answer.all_again else [answer.again(moved[0])]
+            for again in answer.again(moved(max(least, len(errors) + 1))):
+                truth, near = asked.popleft()
+                errors.append((again - truth).flatten())
+                residuals.append(near.residual(again, labels))
         except OutOfTime:
             if errors:
                 break
             raise
-        errors += [(again - truth).flatten() for again, truth in zip(found, truths, strict=True)]
-        residuals += [near.residual(again, answer.labels) for near, again in zip(moved, found, strict=True)]
         quantile = _quantile(min(shared, _freedom(torch.stack(errors))), len(errors))
-    off = target.residual(inputs, answer.labels) / max(residuals)
+    off = target.residual(inputs, labels) / max(residuals)
     return MARGIN * quantile * float(torch.stack(errors).square().mean()) * max(1.0, off) ** 2
 
 

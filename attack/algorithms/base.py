@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -46,11 +46,10 @@ class Answer:
     film: Film = dataclasses.field(default_factory=Film)
     belief: Belief | None = None
     """How well the equations determine `inputs`, where the method knows."""
-    again: Callable[[Target], Tensor] | None = None
-    """The inputs that a slightly moved gradient gives, found from these: where the method can tell for little. May
-    raise NoChain or NoFeatures where it moved too far."""
-    all_again: Callable[[Sequence[Target]], Sequence[Tensor]] | None = None
-    """The same of several such gradients at once, where that takes less than one after the other."""
+    again: Callable[[Iterable[Target]], Iterable[Tensor]] | None = None
+    """The inputs that each of some slightly moved gradients gives, found from these: where the method can tell for
+    little. At once or one by one, whichever takes less; the next gradient is then asked for when it is needed. May
+    raise NoChain or NoFeatures where one moved too far."""
     left_open: float | None = None
     """Mean square of what is left open of `inputs`, the answer's own misfit and the prior included, where the method
     solved for that."""

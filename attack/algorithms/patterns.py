@@ -76,7 +76,7 @@ def patterns(target: Target, context: Context) -> Answer:
                     inputs=found,
                     labels=label,
                     film=film,
-                    again=functools.partial(_again, found=found, context=context),
+                    again=functools.partial(map, functools.partial(_again, found=found, context=context)),
                     evaluations=rounds,
                     restarts=restart,
                 )

@@ -14,7 +14,7 @@ Reference: Zhu and Blaschko, R-GAP, ICLR 2021, arXiv 2010.07733.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -68,8 +68,8 @@ def _quickly(target: Target, links: list[Link], label: Tensor, context: Context)
         with torch.enable_grad():
             film.take(iteration, target.residual(inputs, label), inputs)
 
-    def again(moved: Sequence[Target]) -> list[Tensor]:
-        return list(walk.again(moved, context).view(-1, 1, *target.input_shape))
+    def again(moved: Iterable[Target]) -> Iterable[Tensor]:
+        return walk.again(list(moved), context).view(-1, 1, *target.input_shape)
 
     try:
         belief = walk(target, context, watch)
@@ -82,8 +82,7 @@ def _quickly(target: Target, links: list[Link], label: Tensor, context: Context)
         labels=label,
         film=film,
         belief=belief,
-        again=lambda moved: again([moved])[0],
-        all_again=again,
+        again=again,
         evaluations=len(film.history),
     )
 
@@ -100,7 +99,7 @@ def _in_full(target: Target, links: list[Link], label: Tensor, context: Context)
         labels=label,
         film=film,
         belief=belief,
-        again=lambda moved: _polish(moved, belief, walk.again(moved, context), label, context),
+        again=lambda moved: (_polish(one, belief, walk.again(one, context), label, context) for one in moved),
         evaluations=len(film.history),
     )
 

@@ -51,7 +51,7 @@ def spear(target: Target, context: Context) -> Answer:
         inputs=inputs,
         labels=labels,
         film=film,
-        again=lambda moved: _again(moved, layer, inputs),
+        again=lambda moved: (_again(one, layer, inputs) for one in moved),
         batch_size_read=target.batch_size_assumed,
         evaluations=1,
     )

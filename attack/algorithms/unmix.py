@@ -63,7 +63,7 @@ def unmix(target: Target, context: Context) -> Answer:
         inputs=inputs,
         labels=features.labels,
         film=film,
-        again=lambda moved: unmix_layers(moved, links, reread_features(moved, features), near=inputs),
+        again=lambda moved: (unmix_layers(one, links, reread_features(one, features), near=inputs) for one in moved),
         batch_size_read=target.batch_size_assumed,
         evaluations=1,
     )

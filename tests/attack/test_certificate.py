@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def test_answer_beside_the_best_match_is_widened() -> None:
     target = prepare(observe(model, inputs, labels), told("sigmoid", inputs), device=torch.device("cpu"))
     context = unhurried()
 
-    def exactly(moved: object) -> torch.Tensor:
-        return inputs.double()
+    def exactly(moved: Iterable[object]) -> Iterable[torch.Tensor]:
+        return (inputs.double() for _ in moved)
 
     near = Answer(inputs=inputs.double(), labels=labels, again=exactly)
     far = dataclasses.replace(near, inputs=inputs.double() + 1e-4)

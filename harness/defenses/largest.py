@@ -8,25 +8,23 @@ found. Lin et al. 2018 (arXiv 1712.01887, section 5) sample so, and are content 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from harness.defenses.base import Sizes
+from harness.defenses.scan import Places, not_below
 from harness.wire.coded import Float32
 
-Places: TypeAlias = npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.uint32]
 Found: TypeAlias = tuple[Places, Float32]
 """Where elements are, and what they are."""
-Bits: TypeAlias = npt.NDArray[np.uint32]
-Sampling: TypeAlias = Callable[[Float32], Float32]
-"""Of a flat vector, the elements to look at first."""
 
-_BLOCK = 1 << 17
-"""Elements: twice as many as elsewhere, so that a block is begun half as often."""
+_LONG = 1 << 16
+"""Elements from which on a tensor is sampled."""
 _LINE = 16
 """Elements in 64 bytes, a cache line: to look at one takes as long as to look at all of them."""
 _STRIDE = 61
@@ -35,70 +33,86 @@ _DEVIATIONS = 3.0
 """How many more of a sample are taken for the largest, of those by which their number deviates."""
 
 
-def largest(
-    values: Float32,
-    sizes: Sizes,
-    counts: list[int],
-    *,
-    peek: Callable[[Sampling], Float32] | None = None,
-    fill: Callable[[slice], None] | None = None,
-) -> Iterator[Found]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Numbers:
+    """A flat vector as it will be when it has grown: v = v + g, or with a velocity u = factor u + g, v = v + u."""
+
+    values: Float32
+    """v, changed in place where it grows."""
+    given: Float32 | None = None
+    """g; None: it is there already."""
+    velocity: Float32 | None = None
+    """u, changed in place."""
+    factor: float = 0.0
+
+    def __getitem__(self, part: slice) -> Numbers:
+        """A part, which is changed with the whole."""
+        given, velocity = (each if each is None else each[part] for each in (self.given, self.velocity))
+        return dataclasses.replace(self, values=self.values[part], given=given, velocity=velocity)
+
+    def sample(self) -> Float32:
+        """Some of what it will be; nothing is changed."""
+        values = sample(self.values)
+        if self.given is not None:
+            values += sample(self.given)
+        if self.velocity is not None:
+            values += np.float32(self.factor) * sample(self.velocity)
+        return values
+
+    def grow(self) -> None:
+        """To be called once, or `not_below`."""
+        if self.given is None:
+            return
+        added = self.given
+        if self.velocity is not None:
+            added = np.multiply(self.velocity, np.float32(self.factor), out=self.velocity)
+            added += self.given
+        np.add(self.values, added, out=self.values)
+
+    def not_below(self, least: np.uint32) -> Places:
+        """Grows, and says which of the values are not smaller in magnitude."""
+        return not_below(least, self.values, self.given, self.velocity, self.factor)
+
+
+def largest(numbers: Numbers, sizes: Sizes, counts: list[int]) -> Iterator[Found]:
     """For each tensor the `counts` elements that are largest in magnitude, ascending by their places in the vector.
 
-    What is not a number is larger than any; of two of one magnitude, which is not said.
-
-    Args:
-        values: the flat vector.
-        fill: writes a block of `values` before it is read, each once, in order; None: they are there.
-        peek: what such elements of `values` will be.
+    What is not a number is larger than any; of two of one magnitude, which is not said. All of the vector has grown in
+    the end, each tensor before what is found of it.
     """
     at = 0
     for size, count in zip(sizes, counts, strict=True):
-        sampling = functools.partial(sample, begin=at, size=size)
-        least = _threshold(sampling(values) if peek is None else peek(sampling), size, count)
-        places, numbers = _not_below(least, values, at, at + size, fill)
-        if places.size < count:
-            places, numbers = np.arange(at, at + size), values[at : at + size]
+        tensor = numbers[at : at + size]
+        least = _threshold(tensor.sample(), size, count) if size > _LONG else np.uint32(0)
+        if least:
+            places = tensor.not_below(least)
+        else:
+            tensor.grow()
+        if not least or places.size < count:
+            places = np.arange(size)
+        found = tensor.values[places]
         if (smaller := places.size - count) > 0:
             chosen = np.ones(places.size, np.bool_)
-            chosen[np.argpartition(_magnitudes(numbers), smaller - 1)[:smaller]] = False
+            chosen[np.argpartition(_magnitudes(found), smaller - 1)[:smaller]] = False
             among = np.flatnonzero(chosen)  # by a mask that is full of holes it takes several times as long
-            places, numbers = places[among], numbers[among]
-        yield places, numbers
+            places, found = places[among], found[among]
+        yield places + at, found
         at += size
 
 
-def _magnitudes(values: Float32, out: Bits | None = None) -> Bits:
+def _magnitudes(values: Float32) -> Bits:
     """As whole numbers, of which the larger is that of the larger float; what is not a number is above all."""
-    return np.bitwise_and(values.view(np.uint32), np.uint32(0x7FFFFFFF), out=out)
+    return values.view(np.uint32) & np.uint32(0x7FFFFFFF)
 
 
-def sample(vector: Float32, *, begin: int, size: int) -> Float32:
-    """What is looked at first of a tensor that begins there."""
-    lines = vector[begin : begin + size // _LINE * _LINE].reshape(-1, _LINE)
+def sample(tensor: Float32) -> Float32:
+    """What is looked at first of a tensor: a copy of every so-many-th line."""
+    lines = tensor[: len(tensor) // _LINE * _LINE].reshape(-1, _LINE)
     return lines.take(np.arange(0, len(lines), _STRIDE), axis=0).ravel()
 
 
 def _threshold(sample: Float32, size: int, count: int) -> np.uint32:
-    """A magnitude that is hardly above the least of the `count` largest of `size` elements."""
-    expected = len(sample) * count / max(1, size)
+    """A magnitude that is hardly above the least of the `count` largest of `size` elements; 0: it cannot be told."""
+    expected = len(sample) * count / size
     rank = int(expected + _DEVIATIONS * max(1.0, expected) ** 0.5) + 1
-    if size <= _BLOCK or rank >= len(sample):
-        return np.uint32(0)
-    return np.uint32(np.partition(_magnitudes(sample), -rank)[-rank])
-
-
-def _not_below(least: np.uint32, values: Float32, begin: int, end: int, fill: Callable[[slice], None] | None) -> Found:
-    """Elements that are not smaller."""
-    scratch, reaches = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.bool_)
-    places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
-    for at in range(begin, end, _BLOCK):
-        block = slice(at, min(at + _BLOCK, end))
-        if fill is not None:
-            fill(block)
-        size = block.stop - at
-        here = _magnitudes(values[block], out=scratch[:size])
-        near = np.flatnonzero(np.greater_equal(here, least, out=reaches[:size]))
-        places.append(near + at)
-        numbers.append(values[block][near])  # at once, while they are in the cache
-    return np.concatenate(places), np.concatenate(numbers)
+    return np.uint32(0 if rank >= len(sample) else np.partition(_magnitudes(sample), -rank)[-rank])

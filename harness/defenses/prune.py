@@ -16,7 +16,7 @@ import dataclasses
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State
-from harness.defenses.largest import largest
+from harness.defenses.largest import Numbers, largest
 from harness.wire.coded import Coded
 from harness.wire.sparse import Sparse
 
@@ -33,7 +33,7 @@ class Prune(Coder):
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
         values = gradient.numpy()
         counts = [size - round(size * self.share) for size in sizes]
-        return Sparse.of(values.size, largest(values, sizes, counts)), state
+        return Sparse.of(values.size, largest(Numbers(values), sizes, counts)), state
 
 
 def check_share(share: float) -> None:

@@ -24,15 +24,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from harness.defenses.base import Coder, Moment, Sizes, State, nothing_yet
 from harness.defenses.clip import check_norm, shrink
-from harness.defenses.largest import Sampling, largest
+from harness.defenses.largest import Numbers, largest
 from harness.defenses.prune import check_share
-from harness.wire.coded import Coded, Float32
+from harness.wire.coded import Coded
 from harness.wire.sparse import Sparse
 
 FIRST_SENT = 0.25
@@ -65,26 +64,14 @@ class TopK(Coder):
     def __call__(self, gradient: Tensor, sizes: Sizes, state: State, moment: Moment) -> tuple[Coded, State]:
         if self.clip is not None:
             gradient = gradient * shrink(torch.linalg.vector_norm(gradient), self.clip)
-        given, kept = gradient.numpy(), state["residual"].numpy()
+        kept = state["residual"].numpy()
         velocity = state["velocity"].numpy() if self.momentum else None
-        factor = np.float32(self.momentum)
-
-        def peek(part: Sampling) -> Float32:
-            return part(kept) + (part(given) if velocity is None else factor * part(velocity) + part(given))
-
-        def fill(block: slice) -> None:
-            if velocity is None:
-                kept[block] += given[block]
-                return
-            velocity[block] *= factor
-            velocity[block] += given[block]
-            kept[block] += velocity[block]
-
+        numbers = Numbers(kept, gradient.numpy(), velocity, self.momentum)
         share = 1 - self.share_at(moment.step)
         counts = [min(size, math.ceil(size * share - 1e-9)) for size in sizes]
         sent = []
-        for places, numbers in largest(kept, sizes, counts, peek=peek, fill=fill):
-            sent.append((places, numbers))
+        for places, found in largest(numbers, sizes, counts):
+            sent.append((places, found))
             # At once, while the tensor is in the cache.
             for remembered in state.values():
                 remembered.numpy()[places] = 0

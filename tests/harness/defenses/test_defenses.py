@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.defenses import Chain, Moment, State, load_defense
 from harness.defenses.blocks import BLOCK
-from harness.defenses.largest import largest, sample
+from harness.defenses.largest import Numbers, largest, sample
 from harness.errors import ConfigError, DefenseError
 from harness.exchange.base import as_tensor
 from harness.seeding import Draws
@@ -258,7 +258,7 @@ def written_out(values: np.ndarray, sizes: tuple[int, ...], counts: list[int]) -
 def test_the_largest_of_long_tensors_are_found_whatever_the_sample_says(share, kind):
     sizes = (5 * BLOCK + 17, 5, 3 * BLOCK + 1)
     values = np.random.default_rng(3).permutation(sum(sizes)).astype(np.float32) - np.float32(sum(sizes) / 3)
-    looked_at = sample(np.arange(sizes[0]), begin=0, size=sizes[0])
+    looked_at = sample(np.arange(sizes[0]))
     assert 1000 < looked_at.size < sizes[0] / 50
     if kind == "the sample misses":
         values[looked_at] = 0
@@ -270,7 +270,7 @@ def test_the_largest_of_long_tensors_are_found_whatever_the_sample_says(share, k
         values[7] = np.nan
         counts = [max(1, count) for count in counts]
         expected = written_out(np.where(np.isnan(values), np.float32(np.inf), values), sizes, counts)
-    places, numbers = (np.concatenate(found) for found in zip(*largest(values, sizes, counts), strict=True))
+    places, numbers = (np.concatenate(found) for found in zip(*largest(Numbers(values), sizes, counts), strict=True))
     assert np.array_equal(places, expected)
     assert np.array_equal(numbers, values[expected], equal_nan=True)
 

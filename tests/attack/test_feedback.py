@@ -63,6 +63,30 @@ def test_the_gradient_is_within_its_bounds(spec, steps, seed):
     assert found.again == () and found.known_fraction > 0.2
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bounds_hold_for_many_rows_and_columns(rank, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(784, 200), nn.Sigmoid(), nn.Linear(200, 5))
+    plain = toys.observe(model, torch.rand(3, 784), torch.tensor([0, 1, 2]))
+    seen, gradient = coded(model, plain, f"powersgd:{rank}", 1, seed=seed)
+    found = settle(seen, ranks={0: 3, 2: 3})
+    assert found.bound is not None and ((turned(gradient, found) - found.gradient).abs() <= found.bound).all()
+    assert len(found.bases) == (0 if rank == 3 else 2) and found.known_fraction > 0.005
+
+
+def test_directions_too_small_to_be_sent_are_within_the_bounds():
+    """Of a batch in which the model is sure of all examples but one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20))
+    weight = torch.randn(20, 3) * torch.tensor([1.0, 3e-6, 2e-6]) @ torch.randn(3, 30)
+    plain = toys.observe_gradient(model, torch.cat([weight.flatten(), torch.randn(20)]))
+    seen, gradient = coded(model, plain, "powersgd:2", 1, seed=0)
+    found = settle(seen)
+    assert found.bases == () and found.bound is not None
+    assert ((gradient - found.gradient).abs() <= found.bound).all()
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_signs_close_in(seed):
     widths = []

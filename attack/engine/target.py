@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from attack.averaged import average
 from attack.defense import PublicDefense
-from attack.engine.clipped import clipping_factor
+from attack.engine.clipping import clipping_factor
 from attack.engine.normalization import floating_buffers, seen_statistics, set_modes
 from attack.engine.rank import highest_ranks
 from attack.errors import AttackError

@@ -235,7 +235,7 @@ def prepare(observation: Observation, knowledge: Knowledge, *, device: torch.dev
     observation = _in_parts(observation, model, knowledge)
     defense = PublicDefense.read(observation.defense or "")
     told = _told(observation, knowledge)
-    examples = told or 1  # of fewer there is no less noise
+    examples = told or 1  # over the fewest, noise on a sum is largest
     ranks = _ranks(model, knowledge, told) if defense.rank else {}
     observation = settle(disbelieve(observation), ranks=ranks, turn=knowledge.tokens is None)
     observation = average(observation, examples=examples)

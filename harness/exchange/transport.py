@@ -22,6 +22,9 @@ from harness.wire import MAX_PAYLOAD_BYTES, Header, WireError
 
 HANDSHAKE_MS = 5000
 """libzmq's 30 s would let a port scanner hold a connection that long; a greeting takes milliseconds."""
+COPIED_BYTES = 512 << 10
+"""A shorter payload is copied when it is sent: quicker than the word between pyzmq's threads that says when a shared
+one may be freed, and for which they take turns at the interpreter."""
 READ_AHEAD = 8
 """Messages that libzmq takes from a peer before we read them: twice the credit window."""
 
@@ -30,6 +33,7 @@ def open_socket(context: zmq.Context, kind: int, *, deadline_s: float) -> zmq.So
     """A ROUTER or DEALER with every limit set, neither bound nor connected."""
     socket = context.socket(kind)
     socket.maxmsgsize = MAX_PAYLOAD_BYTES
+    socket.copy_threshold = COPIED_BYTES
     socket.rcvhwm = READ_AHEAD
     # Not bounded here, because the conversation bounds it (a window for each rank, and once the initial state), and
     # a ROUTER at its mark would drop what it sends.
@@ -48,15 +52,20 @@ def open_socket(context: zmq.Context, kind: int, *, deadline_s: float) -> zmq.So
 
 
 def send(socket: zmq.Socket, message: Message, route: tuple[bytes, ...] = ()) -> None:
-    """Queues a message without copying a large payload, which must not be written until it has been sent.
-
-    A payload that is a received frame is handed on as it is; any other buffer costs pyzmq a word between its threads.
-    """
+    """Queues a message without copying a large payload, which must not be written until it has been sent; a frame, of
+    whatever length, is handed on as it is."""
     # Frame by frame: `send_multipart` looks at every frame first, which costs as much as sending the small ones.
     for name in route:
         socket.send(name, zmq.SNDMORE)
     socket.send(message.header.pack(), zmq.SNDMORE)
     socket.send(message.payload, copy=False)
+
+
+def in_frame(message: Message) -> Message:
+    """The message with its payload in a frame of libzmq's, which several sends share."""
+    if isinstance(message.payload, zmq.Frame):
+        return message
+    return Message(message.header, zmq.Frame(message.payload, copy_threshold=COPIED_BYTES))
 
 
 def receive(socket: zmq.Socket) -> list[zmq.Frame] | None:

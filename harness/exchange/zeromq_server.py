@@ -17,7 +17,7 @@ from harness.exchange.base import Traffic
 from harness.exchange.curve import CurveKeys
 from harness.exchange.message import Message
 from harness.exchange.shard import Shard, name_ranks
-from harness.exchange.transport import Watch, keep_freed_memory, open_socket, receive, send, unpack
+from harness.exchange.transport import Watch, in_frame, keep_freed_memory, open_socket, receive, send, unpack
 from harness.wire import SERVER_RANK, Header, Kind, WireError
 
 logger = logging.getLogger(__name__)
@@ -180,11 +180,14 @@ class ShardServer:
         self._lost.update(self._connections.pop(fd) for fd in self._watch.ended() if fd in self._connections)
 
     def _answer(self, outgoing: list[tuple[int, Message]], deliver: deque[Message] | None) -> None:
+        framed: dict[int, Message] = {}
         for rank, message in outgoing:
+            if id(message) not in framed:
+                framed[id(message)] = in_frame(message)
             if rank == self._own and deliver is not None:
-                deliver.append(message)
+                deliver.append(framed[id(message)])
             else:
-                self._send(rank, message)
+                self._send(rank, framed[id(message)])
 
     def _send(self, rank: int, message: Message, *, must_arrive: bool = True) -> None:
         try:

@@ -66,24 +66,25 @@ def read(count: int, params: Mapping[str, Any], payload: memoryview) -> Decoded:
     index, kept = params.get("index"), params.get("kept")
     if type(kept) is not int or not 0 <= kept <= count:
         raise WireError(f"sparse: wanted 0 to {count} elements kept, got {kept!r:.40}")
-    sent: Mask = np.zeros(count, np.bool_)
     if index == "mask":
         length = -(-count // 8)
         expect_size("sparse", len(payload), length + 4 * kept)
-        bits = np.unpackbits(np.frombuffer(payload[:length], np.uint8), bitorder="little")
-        sent[:] = bits[:count]
+        bits = np.unpackbits(np.frombuffer(payload, np.uint8, length), bitorder="little")
         if (found := np.count_nonzero(bits)) != kept or bits[count:].any():
             raise WireError(f"sparse: wanted {kept} bits of {count} set, got {found}")
+        sent: Mask = bits[:count].view(np.bool_)
+        # By their places: several times as fast as by the mask, where that is full of holes.
+        places = np.flatnonzero(sent)
     elif index in _PLACES:
         length = kept * np.dtype(_PLACES[index]).itemsize
         expect_size("sparse", len(payload), length + 4 * kept)
-        places = np.frombuffer(payload[:length], _PLACES[index]).astype(np.int64)
-        if kept and (places[-1] >= count or (np.diff(places) <= 0).any()):
+        places = np.frombuffer(payload, _PLACES[index], kept).astype(np.int64)
+        if kept and (places[-1] >= count or (places[1:] <= places[:-1]).any()):
             raise WireError(f"sparse: wanted ascending places below {count}, got others")
+        sent = np.zeros(count, np.bool_)
         sent[places] = True
     else:
         raise WireError(f"sparse: wanted places as mask, {' or '.join(_PLACES)}, got {index!r:.40}")
     values = np.zeros(count, np.float32)
-    # By their places: several times as fast as by the mask, where that is full of holes.
-    values[np.flatnonzero(sent)] = np.frombuffer(payload[length:], "<f4")
+    values[places] = np.frombuffer(payload, "<f4", offset=length)
     return Decoded(values, sent=sent, error=lambda: np.where(sent, np.float32(0), np.float32(np.inf)))

@@ -135,11 +135,12 @@ def _start(target: Target) -> Tensor:
     low, high = target.input_range
     gray = torch.full((1, *target.input_shape), (low + high) / 2, dtype=torch.float64, device=target.device)
     modules = [link.module for link in trace(target.model, target.input_shape)]
-    lowest = next(module for module in modules if not isinstance(module, RESHAPES))
+    lowest = next((module for module in modules if not isinstance(module, RESHAPES)), None)
     if not isinstance(lowest, nn.Linear) or lowest.bias is None or target.bases:
         return gray
-    seen, error = target.tensors(target.gradient)[:2]
-    weights = target.tensors(target.noise)[0].square().reciprocal()  # 0 where unknown
+    gradients, at = target.tensors(target.gradient), target.places[id(lowest.weight)]
+    seen, error = gradients[at], gradients[target.places[id(lowest.bias)]]
+    weights = target.tensors(target.noise)[at].square().reciprocal()  # 0 where unknown
     beforehand = 12 / (high - low) ** 2
     found = (weights * error[:, None] * seen).sum(0) + beforehand * gray.flatten()
     found /= (weights * error[:, None].square()).sum(0) + beforehand
@@ -251,7 +252,7 @@ def _equations(target: Target, label: Tensor) -> tuple[Callable[[Tensor], Tensor
     def rows(x: Tensor) -> Tensor:
         outputs = x
         for link in below:
-            outputs = link.module(outputs)
+            outputs = link(outputs)
         seen = target.mismatch(x, label, differentiable=True)[:rest]
         return torch.cat([((outputs.flatten(1) - value) / deviation).flatten(), seen * weights])
 

@@ -124,6 +124,6 @@ def _features_of(links: list[Link], inputs: Tensor, labels: Tensor) -> Features:
     value = inputs
     with torch.no_grad():
         for link in links[:-1]:
-            value = link.module(value)
-        error = links[-1].module(value).softmax(-1) - functional.one_hot(labels, links[-1].outputs)
+            value = link(value)
+        error = links[-1](value).softmax(-1) - functional.one_hot(labels, links[-1].outputs)
     return Features(values=value.flatten(1), labels=labels, error=error / len(labels))

@@ -28,6 +28,11 @@ class Link:
     """Of one example."""
     output_shape: tuple[int, ...]
 
+    def __call__(self, value: Tensor) -> Tensor:
+        """What the layer makes of what the one before gave, shape (batch, ...), which the model may view otherwise."""
+        output: Tensor = self.module(value.reshape(len(value), *self.input_shape))
+        return output
+
     @property
     def inputs(self) -> int:
         """Elements of one example's input."""
@@ -55,6 +60,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Link]:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise NoChain(f"layer {name} ({type(module).__name__}) does not map one tensor to one")
         _expect_same(given[-1], versions[-1], inputs[0], where=f"before layer {name} ({type(module).__name__})")
+        if len(inputs[0]) != 1:
+            raise NoChain(f"layer {name} ({type(module).__name__}) takes parts of an example as if they were several")
         given.append(output)
         versions.append(output._version)
         links.append(

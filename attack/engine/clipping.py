@@ -44,6 +44,8 @@ def clipping_factor(model: nn.Module, gradient: Tensor, noise: Tensor, *, norm: 
     seen, w = (flat[: weight.numel()].view_as(weight) for flat in (both, weights))
     error = both[weight.numel() :]
     label = int(error.argmin()) if label is None else label
+    if label >= len(bias):  # it is not the layer that tells the classes apart
+        return 1.0
     best, factor = math.inf, 1.0
     for _ in range(ROUNDS):
         least = torch.finfo(w.dtype).tiny
@@ -51,7 +53,7 @@ def clipping_factor(model: nn.Module, gradient: Tensor, noise: Tensor, *, norm: 
         plain = (weight @ features + bias).softmax(0)
         plain[label] -= 1
         whole = torch.cat([(plain[:, None] * features).flatten(), plain])
-        found = float((weights * whole) @ both) / float((weights * whole) @ whole)
+        found = float((weights * whole) @ both / ((weights * whole) @ whole))
         misfit = float(weights @ (found * whole - both).square()) / max(1, int(weights.count_nonzero()))
         if misfit < best:
             best, factor = misfit, found

@@ -124,7 +124,7 @@ def equations_by_kind(
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """The same, apart: forward rows of each example, shape (batch, outputs), and gradient rows, which all share."""
     links = cut.links if links is None else links
-    places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
+    places = target.places
     parameters = [parameter for link in links for parameter in link.module.parameters()]
     observed = [target.tensors(target.gradient)[places[id(parameter)]] for parameter in parameters]
     weights = [target.tensors(target.noise)[places[id(parameter)]].reciprocal() for parameter in parameters]
@@ -132,7 +132,7 @@ def equations_by_kind(
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         value = x
         for link in links:
-            value = link.module(value)
+            value = link(value)
         gradients = torch.autograd.grad(value, parameters, cut.error, create_graph=True) if parameters else ()
         rows = [
             ((gradient - seen) * w).flatten() for gradient, seen, w in zip(gradients, observed, weights, strict=True)

@@ -58,7 +58,7 @@ class Lowest:
         precision = torch.linalg.inv(covariance)
         self._root = _root(precision)
 
-        places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
+        places = target.places
         # The gradient of the upper layer's bias says nothing of x: it is the sum of e.
         self._parameters: list[Tensor] = [*lower.module.parameters(), weights[1]]
         self._observed = [target.tensors(target.gradient)[places[id(one)]] for one in self._parameters]
@@ -90,7 +90,7 @@ class Lowest:
         """
         value = x
         for link in self._links:
-            value = link.module(value)
+            value = link(value)
         gradients = torch.autograd.grad(value, self._parameters, self._error.view_as(value), create_graph=True)
         found = [
             ((gradient - seen) * weight).flatten()
@@ -140,9 +140,10 @@ class Lowest:
 
     def _bend(self, outputs: Tensor) -> Tensor:
         """From the lower layer's outputs to the upper one's inputs, flat."""
+        value = outputs.reshape(1, -1)
         for link in self._between:
-            outputs = link.module(outputs.view(1, *link.input_shape))
-        return outputs.flatten()
+            value = link(value)
+        return value.flatten()
 
 
 def _scale(gradient: Tensor, noise: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class QuickWalk:
         """
         if not target.known.all():
             raise NoChain("elements of the gradient are not known")
-        places = _places(target)
+        places = target.places
         gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
         error, noise = gradients[-1], noises[-1]
         if error.shape != self._links[-1].output_shape:
@@ -132,7 +132,7 @@ class QuickWalk:
 
         Raises: OutOfTime: the deadline passed.
         """
-        places = _places(targets[0])
+        places = targets[0].places
         gradients = [torch.stack(same) for same in zip(*(t.tensors(t.gradient) for t in targets), strict=True)]
         error = gradients[-1]
         mean, precision, variance = torch.zeros_like(error), torch.zeros_like(error), math.inf
@@ -149,11 +149,6 @@ class QuickWalk:
                 mean, variance = layer.solve_near(mean, solved, context), solved.variance
                 error = pull_back(link, error)
         return mean
-
-
-def _places(target: Target) -> dict[int, int]:
-    """Of a parameter's identity: which it is."""
-    return {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
 
 
 def _root(link: Link, belief: Belief, noise: Tensor, prior: tuple[float, float]) -> Tensor:

@@ -22,7 +22,7 @@ class Norms:
 
     def __init__(self, target: Target, graph: Graph) -> None:
         self._nodes = graph.nodes
-        self._places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
+        self._places = target.places
         self._gradients = target.tensors(target.gradient)
         self._seen = target.statistics
 

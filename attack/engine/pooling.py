@@ -144,10 +144,9 @@ def read(target: Target) -> Pooled:
     links = trace(target.model, target.input_shape)
     lower, upper = _blocks(links)
     last_layer_signal(target)
-    order = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
-    gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
+    gradients, noises, places = target.tensors(target.gradient), target.tensors(target.noise), target.places
     weight, logit_error = gradients[-2], gradients[-1]
-    at, below = (order[id(block.conv.weight)] for block in (upper, lower))
+    at, below = (places[id(block.conv.weight)] for block in (upper, lower))
     noise, lower_noise = (noises[place].flatten(1).square().mean(1, keepdim=True).sqrt() for place in (at, below))
     if not (noises[-2].isfinite().all() and noise.isfinite().all()):
         raise NoChain("the gradients of the last two layers are not known in full")

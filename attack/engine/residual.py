@@ -94,7 +94,7 @@ class _Walk:
         self._target, self._graph, self._context = target, graph, context
         self._nodes = graph.nodes
         self.norms = Norms(target, graph)
-        self._places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
+        self._places = target.places
         self._gradients = target.tensors(target.gradient)
         self._noises = target.tensors(target.noise)
         self._values: dict[int, Tensor] = {}

@@ -74,7 +74,7 @@ class Tangents:
         """
         logits = x
         for link in self._links:
-            logits = link.module(logits)
+            logits = link(logits)
         error = _error(self._loss, logits[0], self._label)
         directions = torch.eye(x.numel(), dtype=x.dtype, device=x.device)
         return torch.cat([self._follow(x.flatten(), part, *error) for part in directions.split(CHUNK)])

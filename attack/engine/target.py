@@ -166,6 +166,11 @@ class Target:
             gradient = gradient + self.bound * uniform.to(self.device)
         return dataclasses.replace(self, gradient=gradient * self.known)
 
+    @property
+    def places(self) -> dict[int, int]:
+        """By the identity of a parameter of the model: which it is, of those that `tensors` gives."""
+        return {id(parameter): place for place, parameter in enumerate(self.model.parameters())}
+
     def tensors(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Splits a flat vector into views of the parameters' shapes."""
         parts = flat.split([math.prod(shape) for shape in self.shapes])

@@ -57,8 +57,7 @@ def unmix_layers(target: Target, links: list[Link], features: Features, *, near:
     Raises: NoChain.
     """
     settled = {} if near is None else _outputs(links, near)
-    places = {id(parameter): place for place, parameter in enumerate(target.model.parameters())}
-    gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
+    gradients, noises, places = target.tensors(target.gradient), target.tensors(target.noise), target.places
     value, error = features.values, features.error @ _weight(links[-1])
     pending: nn.Module | None = None
     for link in reversed(links[:-1]):
@@ -93,7 +92,7 @@ def _scale(error: Tensor, gradient: Tensor, noise: Tensor) -> Tensor:
 def _outputs(links: list[Link], value: Tensor) -> dict[str, Tensor]:
     outputs = {}
     for link in links:
-        outputs[link.name] = value = link.module(value)
+        outputs[link.name] = value = link(value)
     return outputs
 
 

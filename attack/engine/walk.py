@@ -102,8 +102,7 @@ class FullWalk:
 
         Raises: NoChain, OutOfTime: as above.
         """
-        parameters = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
-        gradients, noises = target.tensors(target.gradient), target.tensors(target.noise)
+        gradients, noises, places = target.tensors(target.gradient), target.tensors(target.noise), target.places
         for index in range(len(self._links) - 1, to - 1, -1):
             link = self._links[index]
             inverse = activation(link.module)
@@ -112,7 +111,7 @@ class FullWalk:
             elif hasattr(link.module, "weight"):
                 if not context.seconds_left:
                     raise OutOfTime
-                at = parameters[id(link.module.weight)]
+                at = places[id(link.module.weight)]
                 prior = prior_below(self._links[:index], target)
                 solved = _solve(link, belief, gradients[at], noises[at], prior, context)
                 self._solved[link.name] = solved
@@ -127,8 +126,7 @@ class FullWalk:
         """
         mean = torch.zeros(self._links[-1].output_shape).to(target.gradient)
         error = target.tensors(target.gradient)[-1]
-        parameters = {id(parameter): index for index, parameter in enumerate(target.model.parameters())}
-        gradients = target.tensors(target.gradient)
+        gradients, places = target.tensors(target.gradient), target.places
         for index in range(len(self._links) - 1, -1, -1):
             link = self._links[index]
             inverse = activation(link.module)
@@ -137,7 +135,7 @@ class FullWalk:
             elif hasattr(link.module, "weight"):
                 if not context.seconds_left:
                     raise OutOfTime
-                gradient = gradients[parameters[id(link.module.weight)]]
+                gradient = gradients[places[id(link.module.weight)]]
                 prior = prior_below(self._links[:index], target)
                 mean = _solve_again(link, self._solved[link.name], mean, error, gradient, prior, context)
                 error = pull_back(link, error[None])[0]

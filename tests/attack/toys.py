@@ -50,6 +50,22 @@ class Shortcut(nn.Module):
         return self.head(x + torch.sigmoid(self.inner(x)))
 
 
+class Turned(nn.Module):
+    """A chain that views its input as a row by itself, and lists its parameters in another order than it uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.first, self.last = nn.Linear(24, 16), nn.Linear(256, 24), nn.Linear(16, 10)
+        self.bend, self.bend_again = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.bend_again(self.inner(self.bend(self.first(x.flatten(1))))))
+
+
+def turned() -> nn.Module:
+    return Turned()
+
+
 def convolution() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.Sigmoid(), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Flatten(),

@@ -96,6 +96,15 @@ def test_a_first_linear_layer_says_where_to_begin(spec, index):
     assert error(found.inputs, inputs) < (1e-3 if spec == "int8" else 1e-8)
 
 
+@pytest.mark.parametrize("spec", ["prune:0.5", "int8"])
+def test_the_first_layer_is_the_one_that_runs_first(spec):
+    seen, inputs, labels = observed(1, toys.spec("turned"))
+    knowledge = dataclasses.replace(KNOWLEDGE, model=toys.spec("turned"))
+    found = reconstruct(defended(spec, seen), knowledge, method="coarse", deadline_s=60)
+    assert found.labels is not None and found.labels.equal(labels) and found.inputs is not None, found.reason
+    assert error(found.inputs, inputs) < (1e-3 if spec == "int8" else 1e-8)
+
+
 @pytest.mark.parametrize("index", [2, 6])
 def test_where_next_to_nothing_is_known_it_is_doubted(index):
     seen, inputs, _ = observed(index)

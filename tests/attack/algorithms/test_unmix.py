@@ -14,7 +14,7 @@ from attack.algorithms import Reconstruction, Status
 from attack.observation import Knowledge, Known
 from attack.reconstruct import reconstruct
 from harness.models import load_model
-from tests.attack.toys import observe
+from tests.attack.toys import observe, spec
 
 DEEP = "mlp:hidden=200x200"
 
@@ -49,6 +49,15 @@ def test_batch_is_exact_and_its_size_is_read(model: str, size: int) -> None:
     assert error < 1e-10  # 100 dB; 140 are usual
     assert found.predicted_mse is not None and error / 10 < found.predicted_mse < 1e-6
     assert found.cpu_seconds < 10  # half a second is usual
+
+
+def test_a_model_may_view_its_input_as_a_row_by_itself() -> None:
+    torch.manual_seed(3)
+    net, inputs, labels = load_model(spec("turned")), torch.rand(2, 1, 16, 16), torch.tensor([3, 8])
+    knowledge = Knowledge(model=spec("turned"), input_shape=(1, 16, 16))
+    found = reconstruct(observe(net, inputs, labels), knowledge)
+    assert found.status is Status.CONVERGED, found.reason
+    assert worst_error(found, inputs, labels) < 1e-10
 
 
 def test_one_label_for_all_is_no_obstacle() -> None:

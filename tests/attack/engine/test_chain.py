@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from attack.engine.chain import NoChain, trace
 from harness.models import load_model
-from tests.attack.toys import Shortcut
+from tests.attack.toys import Shortcut, turned
 
 
 class View(nn.Module):
@@ -42,6 +42,13 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
+class Rows(nn.Module):
+    """Hands on each row as an example of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
+
+
 def test_lenet_is_a_chain_in_order() -> None:
     names = [type(link.module).__name__ for link in trace(load_model("lenet"), (3, 32, 32))]
     assert names == ["Conv2d", "Sigmoid"] * 3 + ["Flatten", "Linear"]
@@ -50,6 +57,21 @@ def test_lenet_is_a_chain_in_order() -> None:
 def test_a_view_between_layers_is_no_break() -> None:
     links = trace(View("nothing"), (1, 5, 5))
     assert [link.output_shape for link in links] == [(2, 3, 3), (4,)]
+
+
+def test_links_run_one_after_the_other_are_the_model() -> None:
+    for model, shape in ((View("nothing"), (1, 5, 5)), (turned(), (1, 16, 16))):
+        inputs = torch.rand(3, *shape)
+        value = inputs
+        for link in trace(model, shape):
+            value = link(value)
+        assert value.equal(model(inputs))
+
+
+def test_parts_that_are_taken_for_examples_are_no_chain() -> None:
+    rows = nn.Sequential(Rows(), nn.Linear(4, 2))
+    with pytest.raises(NoChain, match=r"layer 1 \(Linear\) takes parts"):
+        trace(rows, (3, 4))
 
 
 @pytest.mark.parametrize("between", ["relu", "relu_", "transpose"])

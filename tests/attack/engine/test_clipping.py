@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from attack.engine.clipping import clipping_factor
 from attack.engine.target import Target, prepare
-from attack.observation import Knowledge, Observation
+from attack.observation import Knowledge, Known, Observation
 from attack.reconstruct import reconstruct
 from attack.victims import Status
 from tests.attack import toys
@@ -52,6 +53,18 @@ def test_what_several_examples_left_is_not_taken_for_one():
     assert target_of(seen).gradient.equal(sent)  # as one example, which it is not
     assert target_of(seen, batch_size=3).gradient.equal(sent)
     assert 2 * sent.norm() < gradient.norm()
+
+
+def test_a_last_layer_of_which_nothing_was_sent_says_nothing():
+    seen, _ = toys.defended("clip:0.3")
+    seen.known[-85:] = Known.UNKNOWN
+    seen.gradient[-85:] = 0
+    assert target_of(seen).gradient.equal(seen.gradient.double())
+
+
+def test_a_last_layer_without_the_label_is_another_one():
+    model, seen = toys.sigmoid(), torch.ones(149, dtype=torch.float64)
+    assert clipping_factor(model, seen, 1e-6 * seen, norm=1.0, label=5) == 1
 
 
 def test_a_clipped_picture_comes_back():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attack.engine.labels import NoLabel, read_label
-from attack.engine.target import prepare
+from attack.engine.target import Target, prepare
 from attack.errors import AttackError
 from attack.observation import Knowledge, Known
 from harness.models import load_model
@@ -31,6 +31,26 @@ def test_a_bound_loosens_the_tolerance_and_nothing_else() -> None:
     tight_target, loose_target = (prepare(o, told("sigmoid", inputs), device=CPU) for o in (seen, loose))
     assert loose_target.tolerance > tight_target.tolerance
     assert loose_target.gradient.equal(tight_target.gradient)
+
+
+def test_a_match_leaves_each_element_within_its_bound() -> None:
+    """However alike the errors are, as of what was pruned; one that is beyond is one too many."""
+    model, inputs, labels = example("sigmoid")
+    seen = observe(model, inputs, labels)
+    bound = torch.zeros_like(seen.gradient)
+    bound[-5:] = 0.1 * seen.gradient.norm()
+    known = torch.where(bound > 0, Known.CODED, seen.known).to(seen.known)
+
+    def target_with(error: torch.Tensor) -> Target:
+        gradient = seen.gradient.clone()
+        gradient[-5:] += error * bound[-5:]
+        changed = dataclasses.replace(seen, gradient=gradient, known=known, bound=bound)
+        return prepare(changed, told("sigmoid", inputs), device=CPU)
+
+    target = target_with(torch.full((5,), 0.999))
+    assert target.residual(inputs.double(), labels) > target.tolerance
+    assert target.explained_by(inputs.double(), labels)
+    assert not target_with(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]) * 2.4).explained_by(inputs.double(), labels)
 
 
 def test_label_is_read_for_every_class() -> None:

@@ -136,7 +136,11 @@ def _coarse(target: Target) -> bool:
 
 
 def _kinked(target: Target) -> bool:
-    return any(isinstance(module, KINKED) for module in target.model.modules())
+    try:
+        modules = [link.module for link in trace(target.model, target.input_shape)]
+    except NoChain:
+        modules = list(target.model.modules())
+    return any(isinstance(module, KINKED) for module in modules)
 
 
 def _connected(target: Target) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attack.engine.context import Context
 from attack.observation import Knowledge, Known, Observation
@@ -51,15 +52,16 @@ class Shortcut(nn.Module):
 
 
 class Turned(nn.Module):
-    """A chain that views its input as a row by itself, and lists its parameters in another order than it uses them."""
+    """A chain as many are written: it views its input as a row by itself, activates by a function and in place, and
+    lists its parameters in another order than it uses them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.first, self.last = nn.Linear(24, 16), nn.Linear(256, 24), nn.Linear(16, 10)
-        self.bend, self.bend_again = nn.ReLU(), nn.ReLU()
+        self.bend = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.bend_again(self.inner(self.bend(self.first(x.flatten(1))))))
+        return self.last(functional.relu(self.inner(self.bend(self.first(x.flatten(1))))))
 
 
 def turned() -> nn.Module:

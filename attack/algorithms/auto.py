@@ -25,7 +25,7 @@ from attack.algorithms.residual import residual as walk_residual
 from attack.algorithms.rgap import rgap
 from attack.algorithms.spear import count_at_first_layer, first_layer, spear
 from attack.algorithms.unmix import unmix
-from attack.engine.chain import NoChain, trace
+from attack.engine.chain import NoChain, layers, trace
 from attack.engine.context import Context
 from attack.engine.cut import count
 from attack.engine.features import NoFeatures, count_examples
@@ -51,7 +51,7 @@ def auto(target: Target, context: Context) -> Answer:
     examples, source = _batch_size(target)
     if examples == 1 and _coarse(target):
         plan.append(("coarse", coarse, "one example, its gradient rounded, noisy or not all sent: weigh what is known"))
-    if examples == 1 and any(isinstance(module, nn.MaxPool2d) for module in target.model.modules()):
+    if examples == 1 and any(isinstance(layer, nn.MaxPool2d) for layer in layers(target.model, target.input_shape)):
         plan.append(("patterns", patterns, "one example through max pooling: find which positions passed"))
     elif examples == 1 and target.again and not _connected(target):
         steps = f"one example at {1 + len(target.again)} steps"
@@ -136,11 +136,7 @@ def _coarse(target: Target) -> bool:
 
 
 def _kinked(target: Target) -> bool:
-    try:
-        modules = [link.module for link in trace(target.model, target.input_shape)]
-    except NoChain:
-        modules = list(target.model.modules())
-    return any(isinstance(module, KINKED) for module in modules)
+    return any(isinstance(layer, KINKED) for layer in layers(target.model, target.input_shape))
 
 
 def _connected(target: Target) -> bool:

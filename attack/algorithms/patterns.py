@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from attack.algorithms.base import Answer
 from attack.algorithms.rgap import check_rank_one, rgap
-from attack.engine.chain import NoChain
+from attack.engine.chain import NoChain, layers
 from attack.engine.context import Context, Progress
 from attack.engine.film import Film
 from attack.engine.labels import NoLabel, read_label
@@ -41,7 +41,7 @@ PROVEN = 10.0
 
 def patterns(target: Target, context: Context) -> Answer:
     """The input and label of a batch of one; of a net without max pooling, by `rgap`."""
-    if not any(isinstance(module, nn.MaxPool2d) for module in target.model.modules()):
+    if not any(isinstance(layer, nn.MaxPool2d) for layer in layers(target.model, target.input_shape)):
         return rgap(target, context)
     try:
         label = read_label(target)

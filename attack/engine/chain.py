@@ -110,6 +110,14 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> list[Link]:
     return walk.links
 
 
+def layers(model: nn.Module, input_shape: tuple[int, ...]) -> list[nn.Module]:
+    """What a model is made of: the layers of its chain, functions as modules; all modules of one that is no chain."""
+    try:
+        return [link.module for link in trace(model, input_shape)]
+    except NoChain:
+        return list(model.modules())
+
+
 class _Walk(TorchFunctionMode):
     """What a forward pass does to its input, layer by layer."""
 

@@ -82,6 +82,24 @@ def pooled() -> nn.Module:
     )  # fmt: skip
 
 
+class ByFunction(nn.Module):
+    """Activations and pools that are functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.last = nn.Linear(1024, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            x = functional.max_pool2d(functional.relu(layer(x)), 2)
+        return self.last(torch.flatten(x, 1))
+
+
+def by_function() -> nn.Module:
+    return ByFunction()
+
+
 def spec(name: str) -> str:
     """How a `Knowledge` names a toy."""
     return f"{__name__}:{name}"

@@ -10,7 +10,7 @@ from attack.algorithms import Status
 from attack.observation import Knowledge
 from attack.reconstruct import reconstruct
 from harness.models import load_model
-from tests.attack.toys import example, observe, told
+from tests.attack.toys import example, observe, spec, told
 
 MODEL = "convnet:input=3x16x16,classes=20"
 
@@ -32,6 +32,15 @@ def test_picture_comes_back_through_max_pooling(seed: int) -> None:
     error = float((found.inputs - inputs).square().mean())
     assert error < 1e-6  # 60 dB; some 130 are usual
     assert found.predicted_mse is not None and error < found.predicted_mse < 1e-6
+
+
+def test_pools_may_be_functions() -> None:
+    torch.manual_seed(1)
+    model, inputs, labels = load_model(spec("by_function")), picture(1), torch.tensor([7])
+    knowledge = Knowledge(model=spec("by_function"), input_shape=(3, 16, 16), batch_size=1)
+    found = reconstruct(observe(model, inputs, labels), knowledge)
+    assert found.status is Status.CONVERGED and found.method == "patterns", found.reason
+    assert found.inputs is not None and (found.inputs - inputs).square().mean() < 1e-6
 
 
 def test_net_without_pooling_is_walked_back() -> None:

@@ -51,6 +51,18 @@ class Link:
         return math.prod(self.output_shape)
 
 
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:
+    """The function takes the last two in the other order than the module."""
+    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
 FUNCTIONS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     functional.relu: lambda inplace=False: nn.ReLU(),
     torch.relu: nn.ReLU,
@@ -70,8 +82,8 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., nn.Module]] = {
     functional.gelu: nn.GELU,
     functional.silu: lambda inplace=False: nn.SiLU(),
     functional.elu: lambda alpha=1.0, inplace=False: nn.ELU(alpha),
-    functional.max_pool2d: nn.MaxPool2d,
-    torch.max_pool2d: nn.MaxPool2d,
+    functional.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
     functional.avg_pool2d: nn.AvgPool2d,
     functional.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
 }

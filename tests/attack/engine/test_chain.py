@@ -109,7 +109,7 @@ def test_pools_are_links_too() -> None:
             self.last = nn.Linear(3, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = functional.avg_pool2d(functional.max_pool2d(x, 3, stride=2, padding=1), kernel_size=2)
+            x = functional.avg_pool2d(functional.max_pool2d(x, 3, 2, 0, 1, True), kernel_size=2)
             return self.last(torch.flatten(functional.adaptive_avg_pool2d(x, 1), 1))
 
     model, inputs = Pools(), torch.randn(2, 3, 8, 8)

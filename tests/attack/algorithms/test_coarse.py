@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attack.algorithms import Status
+from attack.algorithms.coarse import FLAT, roughness
 from attack.capture.streams import Flow
 from attack.decode.assembly import Assembly
 from attack.decode.defended import PublicSide
@@ -113,6 +114,19 @@ def test_where_next_to_nothing_is_known_it_is_doubted(index):
         assert found.status is Status.NOT_CONVERGED and found.reason is not None
     else:
         assert found.status is Status.FILLED and error(found.inputs, inputs) < found.predicted_mse
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_what_is_all_but_flat_is_no_picture(index):
+    """Of rank 1 the draw that tells how much is open comes out low; the flat picture is no surer for that."""
+    torch.manual_seed(index)
+    inputs = torch.from_numpy(load_data("cifar100").pictures[index : index + 1]).float() / 255
+    seen = toys.observe(load_model("lenet"), inputs, torch.tensor([3]))
+    sent = dataclasses.replace(defended("noise-gaussian:1e-1", seen), rank=1)
+    knowledge = dataclasses.replace(KNOWLEDGE, model="lenet", input_shape=(3, 32, 32))
+    found = reconstruct(sent, knowledge, method="coarse", deadline_s=60)
+    assert found.inputs is None and "made all of it flat" in str(found.reason)
+    assert roughness(inputs) > 2 * FLAT
 
 
 @pytest.mark.parametrize(("spec", "index"), [("fp16", 0), ("bf16", 3)])

@@ -58,7 +58,7 @@ to nothing is smooth, and looks surer than it is; beyond the second the picture 
 FLAT = 6e-4
 """Mean square of neighbors' differences, in squared input ranges, of what is no picture. Where the prior has next to
 nothing to go by it makes all flat, and is sure of it, as nothing is smoother: with noise of 1e-1 the differences were
-1e-5 to 3e-4, and the error three to five times what was predicted. Photos that came back from as little had 1.1e-3 and
+1e-5 to 3e-4, and the error up to four times what was predicted. Photos that came back from as little had 1.1e-3 and
 more."""
 DETERMINED = 3e-3
 """Deviation of a layer's inputs, relative to what is expected of them beforehand, up to which the error below it is

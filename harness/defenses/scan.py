@@ -18,6 +18,8 @@ Places = npt.NDArray[np.int64]
 
 _CHUNK = 1 << 11
 """Elements: what was brought up to date is looked at while it is in the first-level cache."""
+_WORD = 8
+"""Elements that are looked at together, a byte of a 64-bit word each: of most words none is large."""
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
@@ -36,7 +38,7 @@ def not_below(
         least: the bits of a float without its sign; by them what is not a number is above all.
         values, given, velocity: of one length, each contiguous.
     """
-    places = np.empty(values.size, np.int64)
+    places = np.empty(values.size + _WORD, np.int64)  # a word is written before it is known how much of it counts
     return places[: _compiled()(least, values, given, velocity, np.float32(factor), places)].copy()
 
 
@@ -58,6 +60,8 @@ def _not_below(
 ) -> int:
     """As above; how many they are. Loops, for numba."""
     count = 0
+    large = np.zeros(_CHUNK, np.uint8)
+    words = large.view(np.uint64)
     for at in range(0, values.size, _CHUNK):
         here = values[at : at + _CHUNK]
         if given is not None:
@@ -72,7 +76,12 @@ def _not_below(
                     here[i] += moving[i]
         bits = here.view(np.uint32)
         for i in range(bits.size):
-            if bits[i] & _MAGNITUDE >= least:
-                places[count] = at + i
-                count += 1
+            large[i] = bits[i] & _MAGNITUDE >= least
+        large[bits.size :] = 0
+        for word in range(words.size):
+            if words[word]:
+                # Without a branch for each: which of them are large cannot be foreseen.
+                for i in range(word * _WORD, (word + 1) * _WORD):
+                    places[count] = at + i
+                    count += large[i]
     return count

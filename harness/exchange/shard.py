@@ -196,8 +196,9 @@ class Shard:
 
     def _leave(self, sender: int) -> list[Outgoing]:
         self.gone.add(sender)
-        if self.tolerant:
-            return self.drop({sender})
+        if self._secure is not None and self.tolerant:
+            self._secure.drop({sender})
+            return self._go_on()
         if self.waits_for() is not None:
             raise PeerError(f"rank {sender} left while others waited for its part")
         return []

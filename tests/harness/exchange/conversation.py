@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from harness.exchange.message import Message
+from harness.exchange.secure import Member
 from harness.wire import Header, Kind, Layout
 
 RUN = b"test-run"
@@ -29,3 +30,8 @@ def chunk(kind: Kind, rank: int, values: np.ndarray, *, total: int, at: int = 0,
 
 def bye(rank: int, *, step: int = 0) -> Message:
     return Message(Header(kind=Kind.BYE, run=RUN, rank=rank, step=step), b"")
+
+
+def key(rank: int) -> Message:
+    payload = Member(run=RUN, rank=rank, world_size=3).public_key
+    return Message(Header(kind=Kind.KEY, run=RUN, rank=rank, step=0, size=len(payload)), payload)

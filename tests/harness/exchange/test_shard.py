@@ -15,7 +15,7 @@ from harness.exchange.chunks import SMALL_CHUNK, WINDOW, Chunk, shard_chunks
 from harness.exchange.message import Message
 from harness.exchange.shard import Shard
 from harness.wire import MAX_PAYLOAD_BYTES, Kind, WireError
-from tests.harness.exchange.conversation import RUN, bye, chunk, hello, layout
+from tests.harness.exchange.conversation import RUN, bye, chunk, hello, key, layout
 
 TOTAL = 2 * SMALL_CHUNK + 5
 
@@ -191,6 +191,14 @@ def test_it_is_finished_when_all_have_left():
     shard = open_shard(2, 8)
     assert shard.receive(0, bye(0)) == [] and not shard.finished
     assert shard.receive(1, bye(1)) == [] and shard.finished
+
+
+def test_who_leaves_where_gradients_are_masked_is_told_nothing():
+    shard = open_shard(3, 8)
+    for rank in range(3):
+        shard.receive(rank, key(rank))
+    assert shard.tolerant
+    assert not any(shard.receive(rank, bye(rank)) for rank in range(3)) and shard.finished
 
 
 def test_it_says_which_ranks_it_waits_for():

@@ -73,7 +73,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 def test_what_can_still_be_proven_is_reported(wide: Recorded) -> None:
     shares = {severity: known(wide, severity, range(4)) for severity in SEVERITIES}
     assert not {severity: share for severity, share in shares.items() if share < LEAST.get(severity, 0.0)}, shares
-    assert shares["50 %"] > 0.0
+    # Of one draw in four hardly anything is left to be proven, so that four at once may well be such.
+    assert known(wide, "50 %", range(32)) > 0.0
 
 
 @pytest.mark.parametrize("elements", [1, 3, 4])

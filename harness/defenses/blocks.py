@@ -23,6 +23,10 @@ Borders = npt.NDArray[np.int64]
 """Where segments begin, and the last ends: ascending, from 0, shape (segments + 1,); none is empty."""
 
 
+_AT_ONCE = np.zeros(1, np.int64)
+"""Where the one segment of a block begins."""
+
+
 class Block(NamedTuple):
     """Elements that are worked on together."""
 
@@ -51,14 +55,15 @@ def borders(sizes: Sequence[int], bucket: int | None = None) -> Borders:
 
 def blocks(cut: Borders) -> Iterator[Block]:
     """All of a vector, in order."""
-    first, segments = 0, len(cut) - 1
-    while first < segments:
+    first = 0
+    while first < len(cut) - 1:
         begin = int(cut[first])
         last = max(first + 1, int(np.searchsorted(cut, begin + BLOCK, side="right")) - 1)
         end = int(cut[last])
+        segments, starts = slice(first, last), cut[first:last] - begin
         for at in range(begin, end, BLOCK):
-            starts = cut[first:last] - at if at == begin else np.zeros(1, np.int64)
-            yield Block(slice(at, min(at + BLOCK, end)), slice(first, last), starts)
+            yield Block(slice(at, min(at + BLOCK, end)), segments, starts)
+            starts = _AT_ONCE
         first = last
 
 

@@ -21,8 +21,6 @@ BLOCK = 1 << 16
 
 Borders = npt.NDArray[np.int64]
 """Where segments begin, and the last ends: ascending, from 0, shape (segments + 1,); none is empty."""
-
-
 _AT_ONCE = np.zeros(1, np.int64)
 """Where the one segment of a block begins."""
 
